@@ -1,0 +1,40 @@
+# Every target makes .venv itself when it is missing or older than what it is made from.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+PRESET ?= mini
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install figures test lab bench train lint
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; call make PYTHON=/path/to/python3.11.")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
+	@touch $(STAMP)
+
+install: $(STAMP) ## make .venv with the tested versions
+
+figures: $(STAMP) ## run the notebooks on mini-flux and fill figures/preview (ARGS="--tier full" for figures/paper)
+	$(RUN) -m malib.figures $(ARGS)
+
+test: $(STAMP) ## all tests
+	$(RUN) -m pytest $(ARGS)
+
+lab: $(STAMP) ## open the notebooks in JupyterLab
+	$(VENV)/bin/jupyter lab --notebook-dir=notebooks $(ARGS)
+
+bench: $(STAMP) ## what recording costs, side by side with plain generation
+	$(RUN) -m malib.bench $(ARGS)
+
+train: $(STAMP) ## train a bundled model: make train PRESET=tiny
+	$(RUN) -m malib.train --preset $(PRESET) $(ARGS)
+
+lint: $(STAMP) ## ruff: lint and format
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .

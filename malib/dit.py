@@ -1,0 +1,517 @@
+"""``load`` and ``DiT``: the one object around a diffusers pipeline, and its one verb, ``generate``."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import inspect
+import logging
+import platform
+import warnings
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .cache import Store, describe, key_of
+from .families import Family, family_of
+from .records import Run, Window, name_of
+
+if TYPE_CHECKING:
+    import torch
+    import xarray as xr
+    from PIL.Image import Image
+
+log = logging.getLogger("malib")
+BUNDLED = "mini-flux"
+
+
+def data_folder() -> Path:
+    """Where the bundled data lie: inside an installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "data"
+    return inside if inside.exists() else Path(__file__).parent.parent / "data"
+
+
+def load(
+    model: str | Path = BUNDLED,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    cache: Store | bool = True,
+    batch_size: int = 8,
+) -> DiT:
+    """Open a diffusion transformer.
+
+    Args:
+        model: "mini-flux" (bundled), a folder in diffusers format, or a hub id such as "black-forest-labs/FLUX.1-dev".
+        device: "cpu", "cuda", "mps"; None takes a GPU when there is one.
+        dtype: "float32", "bfloat16" or "float16"; None means float32 on the CPU and bfloat16 on a GPU.
+        cache: True for the store in ``$MALIB_CACHE`` (or ~/.cache/malib/generations), False for none, or a ``Store``.
+        batch_size: how many samples travel through the model at once.
+
+    Raises:
+        FileNotFoundError: the model is neither bundled, nor a folder, nor to be had from the hub.
+        ValueError: its architecture is not in ``malib.families``.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype '{dtype}' is unknown; use float32, bfloat16 or float16.")
+    source = data_folder() / BUNDLED if str(model) == BUNDLED else model
+    try:
+        with _quiet_loading():
+            pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=getattr(torch, dtype))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"'{model}' could not be opened: it is neither '{BUNDLED}' nor a diffusers folder, and the hub did not give it; "
+            "check the name, the network, and for a gated model accept its licence and run `hf auth login`."
+        ) from error
+    return DiT(pipeline.to(device), name=str(model), cache=cache, batch_size=batch_size)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one call of ``generate`` gave.
+
+    Attributes:
+        images: uint8 (samples, height, width, 3).
+        latents: the final latents as the pipeline holds them, float32 (samples, ...).
+        records: one ``xarray.Dataset`` for each record and edit, under its snake_case name (``channel_stats``, ``disrupt``);
+            the second of a kind is ``channel_stats_2``.
+        provenance: the call, key, weights' fingerprint, sigmas, versions, device and dtype.
+    """
+
+    images: np.ndarray
+    latents: np.ndarray
+    records: SimpleNamespace
+    provenance: dict[str, Any] = field(repr=False)
+
+    @property
+    def prompts(self) -> list[str]:
+        """One prompt a sample."""
+        return self.provenance["call"]["prompts"]
+
+    @property
+    def seeds(self) -> list[int]:
+        """One seed a sample."""
+        return self.provenance["call"]["seeds"]
+
+    @property
+    def pil(self) -> list[Image]:
+        """The images for PIL."""
+        from PIL import Image
+
+        return [Image.fromarray(image) for image in self.images]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __repr__(self) -> str:
+        names = ", ".join(vars(self.records)) or "none"
+        return f"Generation({len(self)} samples of {self.images.shape[2]} x {self.images.shape[1]} px, records: {names})"
+
+    def __or__(self, other: Generation | Comparison) -> Comparison:
+        return Comparison((self,)) | other
+
+    def _repr_html_(self) -> str:
+        return Comparison((self,))._repr_html_()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Generations side by side, one column each: ``base | hurt``."""
+
+    columns: tuple[Generation, ...]
+
+    def __or__(self, other: Generation | Comparison) -> Comparison:
+        return Comparison(self.columns + (other.columns if isinstance(other, Comparison) else (other,)))
+
+    def _repr_html_(self) -> str:
+        heads = "".join(f"<th>{html.escape(_edits_in_words(g))}</th>" for g in self.columns)
+        rows = []
+        for i in range(max(len(g) for g in self.columns)):
+            cells = (
+                f'<td><img style="image-rendering:pixelated;width:{max(128, min(g.images.shape[2], 384))}px" '
+                f'title="{html.escape(g.prompts[i])}, seed {g.seeds[i]}" src="{_png(g.images[i])}"></td>'
+                if i < len(g)
+                else "<td></td>"
+                for g in self.columns
+            )
+            rows.append(f"<tr>{''.join(cells)}</tr>")
+        return f"<table><tr>{heads}</tr>{''.join(rows)}</table>"
+
+
+class DiT:
+    """A diffusion transformer inside its diffusers pipeline.
+
+    Attributes:
+        pipeline: the diffusers pipeline, unchanged.
+        family: its row in ``malib.families``.
+        blocks: its transformer blocks in execution order.
+    """
+
+    def __init__(self, pipeline: Any, *, name: str = "", cache: Store | bool = False, batch_size: int = 8) -> None:
+        from .hooks import blocks_of
+
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+        if not hasattr(pipeline, "transformer"):
+            raise ValueError(f"{type(pipeline).__name__} has no transformer; malib studies diffusion transformers.")
+        self.pipeline, self.name, self.batch_size = pipeline, name or type(pipeline).__name__, batch_size
+        self.family: Family = family_of(pipeline.transformer)
+        self.blocks = tuple(blocks_of(pipeline.transformer, self.family))
+        self.store = Store() if cache is True else (cache or None)
+        self._fingerprint: tuple[tuple, str] | None = None
+        for part in pipeline.components.values():
+            if hasattr(part, "eval"):
+                part.eval()  # a freshly built encoder may still drop out, and no two runs would agree
+        pipeline.set_progress_bar_config(disable=True)
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.pipeline.transformer.parameters())
+        return (
+            f"DiT({self.name}: {len(self.blocks)} blocks, width {self.width}, "
+            f"{count / 1e6:.0f} M parameters, {self.device}, {self.dtype})"
+        )
+
+    @property
+    def device(self) -> str:
+        """Where the transformer is."""
+        return str(self.pipeline.transformer.device)
+
+    @property
+    def dtype(self) -> str:
+        """The transformer's dtype, e.g. "float32"."""
+        return str(self.pipeline.transformer.dtype).removeprefix("torch.")
+
+    @property
+    def width(self) -> int:
+        """Number of channels of the hidden states."""
+        config = self.pipeline.transformer.config
+        return config.num_attention_heads * config.attention_head_dim
+
+    @property
+    def size(self) -> int:
+        """The side in pixels for which the model was made."""
+        sample_size = self.pipeline.vae.config.get("sample_size")
+        if sample_size:
+            return sample_size
+        return self.pipeline.transformer.config.sample_size * self.pipeline.vae_scale_factor
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of every weight and of the scheduler's settings; weights changed in place change it."""
+        parts = [(n, m) for n, m in sorted(self.pipeline.components.items()) if hasattr(m, "named_parameters")]
+        tensors = [(f"{n}.{k}", t) for n, m in parts for k, t in (*m.named_parameters(), *m.named_buffers())]
+        state = tuple((id(t), t.data_ptr(), t._version) for _, t in tensors)
+        if self._fingerprint is None or self._fingerprint[0] != state:
+            digest = hashlib.sha256(repr(sorted(self.pipeline.scheduler.config.items(), key=str)).encode())
+            sums = [(name, tuple(t.shape), str(t.dtype), *_checksum(t)) for name, t in tensors]
+            digest.update(repr([(*s[:3], int(s[3]), int(s[4])) for s in sums]).encode())
+            self._fingerprint = state, digest.hexdigest()
+        return self._fingerprint[1]
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        seeds: int | Sequence[int] = 0,
+        *,
+        steps: int = 20,
+        cfg: float = 3.0,
+        guidance: float | None = None,
+        record: Sequence[Any] = (),
+        edits: Sequence[Any] = (),
+        size: tuple[int, int] | None = None,
+    ) -> Generation:
+        """Generate images; read what ``record`` names and change what ``edits`` name on the way.
+
+        Args:
+            prompts: one prompt a sample.
+            seeds: ``s`` gives sample i the seed s + i; a list gives each its own. An image depends on its prompt, seed and
+                edits, not on its place in the batch.
+            steps: denoising steps.
+            cfg: true classifier-free guidance scale; 1 means none, and then there is no "uncond" branch.
+            guidance: the embedded guidance value of distilled models (FLUX.1-dev: 3.5); None for the pipeline's default.
+            record: records such as ``ChannelStats()``; they read what the next block receives, that is after the edits.
+            edits: edits such as ``Disrupt(TopK(8))``, applied in order.
+            size: (height, width) in pixels; None for the model's own size.
+
+        Raises:
+            ValueError: no or empty prompts, unequal numbers of prompts and seeds, a layer, step or channel out of range.
+            RuntimeError: the transformer is compiled or uses a cache accelerator.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        _check_prompts(prompts)
+        seeds = [seeds + i for i in range(len(prompts))] if isinstance(seeds, int) else [int(s) for s in seeds]
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds were given; give one seed, or one a prompt.")
+        if steps < 1:
+            raise ValueError(f"steps is {steps}; it must be at least 1.")
+        record, edits = _as_windows(record, "record"), _as_windows(edits, "edits")
+        if guidance is not None and not self._takes_guidance():
+            raise ValueError(f"{self.name} has no embedded guidance; leave guidance=None and set cfg instead.")
+        self._warn_unknown_words(prompts)
+        height, width = size or (self.size, self.size)
+        call = {
+            "prompts": prompts,
+            "seeds": seeds,
+            "steps": steps,
+            "cfg": float(cfg),
+            "guidance": guidance,
+            "record": record,
+            "edits": edits,
+            "size": [height, width],
+        }
+        run = Run(len(prompts), steps, self.blocks)
+        listeners = [item.start(run) for item in (*edits, *record)]
+        context = {"weights": self.fingerprint, "device": self.device.split(":")[0], "dtype": self.dtype}
+        key = key_of({**call, **context})
+        if self.store and (found := self.store.get(key)):
+            return _restore(*found)
+        images, latents, sigmas = [], [], []
+        for start in range(0, len(prompts), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            try:
+                batch = self._run(prompts[part], seeds[part], steps, cfg, guidance, (height, width), listeners)
+            except BaseException:
+                for listener in listeners:
+                    listener.discard()
+                raise
+            images.append(batch[0])
+            latents.append(batch[1])
+            sigmas = batch[2]
+            for listener in listeners:
+                listener.flush()
+        records = self._datasets((*edits, *record), listeners, prompts, seeds, sigmas)
+        result = Generation(
+            np.concatenate(images),
+            np.concatenate(latents),
+            SimpleNamespace(**records),
+            {
+                "call": describe(call),
+                "key": key,
+                **context,
+                "model": self.name,
+                "sigmas": sigmas,
+                "versions": versions(),
+            },
+        )
+        if self.store:
+            self.store.put(key, *_flatten(result))
+        return result
+
+    def _run(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        steps: int,
+        cfg: float,
+        guidance: float | None,
+        size: tuple[int, int],
+        listeners: list[Any],
+    ) -> tuple[np.ndarray, np.ndarray, list[float]]:
+        """One batch through the pipeline: images, final latents and sigmas."""
+        import torch
+
+        from .hooks import Tap
+
+        family, pipeline = self.family, self.pipeline
+        arguments: dict[str, Any] = {
+            "prompt": prompts,
+            "generator": [torch.Generator("cpu").manual_seed(s) for s in seeds],
+            "num_inference_steps": steps,
+            "height": size[0],
+            "width": size[1],
+            family.cfg_argument: cfg,
+            "output_type": "np",
+            **family.call,
+        }
+        if cfg > 1:
+            arguments["negative_prompt"] = [""] * len(prompts)
+        if guidance is not None:
+            arguments[family.guidance_argument] = guidance
+        if family.sequence_tokenizer:
+            limit = getattr(pipeline, family.sequence_tokenizer).model_max_length
+            arguments["max_sequence_length"] = min(limit, 512)
+        final: dict[str, torch.Tensor] = {}
+
+        def keep_latents(_: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            final["latents"] = tensors["latents"]
+            return {}
+
+        if "callback_on_step_end" in inspect.signature(pipeline.__call__).parameters:
+            arguments["callback_on_step_end"] = keep_latents
+        with torch.no_grad(), Tap(pipeline, family, len(prompts), listeners):
+            pixels = pipeline(**arguments).images
+        if not np.isfinite(pixels).all():
+            warnings.warn("Some images hold NaN; in float16 use bfloat16 or float32 instead.", stacklevel=3)
+            pixels = np.nan_to_num(pixels)
+        sigmas = getattr(pipeline.scheduler, "sigmas", None)
+        latents = final["latents"].float().cpu().numpy() if final else np.zeros((len(prompts), 0), np.float32)
+        return (
+            (pixels * 255).round().astype(np.uint8),
+            latents,
+            [] if sigmas is None else [float(s) for s in sigmas[:steps]],
+        )
+
+    def _takes_guidance(self) -> bool:
+        return bool(self.family.guidance_argument and self.pipeline.transformer.config.get("guidance_embeds"))
+
+    def _datasets(
+        self, items: Sequence[Any], listeners: list[Any], prompts: list[str], seeds: list[int], sigmas: list[float]
+    ) -> dict[str, xr.Dataset]:
+        """Datasets by name, with prompt, seed, sigma and block as coordinates."""
+        found: dict[str, xr.Dataset] = {}
+        for item, listener in zip(items, listeners, strict=True):
+            data = listener.dataset()
+            if "sample" in data.dims:
+                data = data.assign_coords(prompt=("sample", prompts), seed=("sample", seeds))
+            if "step" in data.dims and sigmas:
+                data = data.assign_coords(sigma=("step", [sigmas[i] for i in data.step.values]))
+            if "layer" in data.dims:
+                data = data.assign_coords(block=("layer", [self.blocks[i].name for i in data.layer.values]))
+            name, number = name_of(item), 2
+            while name in found:
+                name, number = f"{name_of(item)}_{number}", number + 1
+            found[name] = data
+        return found
+
+    def _warn_unknown_words(self, prompts: list[str]) -> None:
+        """Name the words for which a tokenizer has nothing but its <unk>."""
+        unknown: set[str] = set()
+        for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+            tokenizer = getattr(self.pipeline, name, None)
+            unk = getattr(tokenizer, "unk_token_id", None)
+            if unk is None or unk in (tokenizer.eos_token_id, tokenizer.pad_token_id) or not tokenizer.is_fast:
+                continue
+            for prompt in set(prompts):
+                encoded = tokenizer(prompt, return_offsets_mapping=True)
+                for token, (start, end) in zip(encoded.input_ids, encoded.offset_mapping, strict=True):
+                    if token == unk and end > start:
+                        unknown.add(prompt[start:end])
+        if unknown:
+            words = ", ".join(f"'{w}'" for w in sorted(unknown))
+            warnings.warn(f"{self.name} does not know {words}; it was not trained on such words.", stacklevel=3)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the numbers."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for package in ("torch", "diffusers", "transformers", "malib"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "source"
+    return found
+
+
+@contextmanager
+def _quiet_loading():
+    """Hide the loaders' progress bars and hints; errors still come through."""
+    import os
+
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    shown = diffusers_logging.is_progress_bar_enabled()
+    before = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"), diffusers_logging.get_verbosity()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(before[1])
+        if shown:
+            diffusers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
+
+
+def _checksum(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two 64-bit sums over the raw bits, the second weighted by position; wrapping, so equal on every device."""
+    import torch
+
+    flat = tensor.detach().contiguous().view(-1)
+    if not flat.numel():
+        return torch.zeros(()), torch.zeros(())
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+    plain = weighted = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for start in range(0, flat.numel(), 1 << 24):  # bounded scratch memory on large tensors
+        bits = flat[start : start + (1 << 24)].view(whole).long()
+        place = torch.arange(start + 1, start + 1 + len(bits), device=flat.device)
+        plain, weighted = plain + bits.sum(), weighted + (bits * place).sum()
+    return plain, weighted
+
+
+def _check_prompts(prompts: list[str]) -> None:
+    if not prompts:
+        raise ValueError("No prompts were given; give at least one.")
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"Prompt {i} is {prompt!r}; every prompt must be non-empty text.")
+
+
+def _as_windows(items: Any, name: str) -> list[Any]:
+    items = [items] if isinstance(items, Window) else list(items)
+    for item in items:
+        if not isinstance(item, Window):
+            raise TypeError(f"{name} was given {item!r}; give instances such as ChannelStats() or Disrupt(TopK(8)).")
+    return items
+
+
+def _flatten(result: Generation) -> tuple[dict[str, np.ndarray], dict]:
+    """A generation as named arrays and a JSON document, for the store."""
+    arrays, layout = {"images": result.images, "latents": result.latents}, {}
+    for name, data in vars(result.records).items():
+        layout[name] = {"variables": {}, "coords": {}}
+        for part, variables in (("variables", data.data_vars), ("coords", data.coords)):
+            for key, variable in variables.items():
+                entry: dict[str, Any] = {"dims": list(variable.dims)}
+                if variable.dtype.kind in "USO":
+                    entry["values"] = variable.values.tolist()
+                else:
+                    arrays[f"{name}/{part}/{key}"] = variable.values
+                layout[name][part][key] = entry
+    return arrays, {"provenance": result.provenance, "records": layout}
+
+
+def _restore(arrays: dict[str, np.ndarray], document: dict) -> Generation:
+    import xarray as xr
+
+    records = {}
+    for name, parts in document["records"].items():
+        built = {
+            part: {
+                key: (entry["dims"], entry["values"] if "values" in entry else arrays[f"{name}/{part}/{key}"])
+                for key, entry in variables.items()
+            }
+            for part, variables in parts.items()
+        }
+        records[name] = xr.Dataset(built["variables"], coords=built["coords"])
+    return Generation(arrays["images"], arrays["latents"], SimpleNamespace(**records), document["provenance"])
+
+
+def _edits_in_words(generation: Generation) -> str:
+    edits = generation.provenance["call"]["edits"]
+    words = (f"{e['type']}({', '.join(f'{k}={v}' for k, v in e['channels'].items() if k == 'k')})" for e in edits)
+    return ", ".join(words) or "undisturbed"
+
+
+def _png(image: np.ndarray) -> str:
+    import base64
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "png")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,229 @@
+"""The only room that touches torch hooks. It turns module calls into events and leaves the model as it found it.
+
+An event says where a tensor was seen: denoising step, guidance branch, layer (index over all block stacks in execution
+order), stream and point. Steps are counted by the scheduler's own ``step``; branches come from ``cache_context`` where the
+pipeline names them, otherwise from the family's row; a batched call is cut into its branches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .families import BRANCHES, Family, Gate, Stack
+
+POINTS = ("input", "output", "gate")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block: ``layer`` counts over all stacks, ``name`` is e.g. "single 3"."""
+
+    layer: int
+    name: str
+    module: nn.Module
+    stack: Stack
+
+
+@dataclass(frozen=True)
+class Event:
+    """Where a tensor was seen. ``gate`` names the AdaLN gate when ``point`` is "gate"."""
+
+    step: int
+    branch: str
+    layer: int
+    stream: str
+    point: str
+    gate: str = ""
+
+
+class Listener(Protocol):
+    """Reads, or writes in place, the tensors of the events it wants."""
+
+    writes: bool
+
+    def wants(self, layer: int, stream: str, point: str) -> bool:
+        """Asked once for each site before the run; hooks are registered for wanted sites alone."""
+
+    def __call__(self, event: Event, x: Tensor) -> None:
+        """``x`` is (samples, tokens, channels), or (samples, channels) for a gate."""
+
+
+def blocks_of(transformer: nn.Module, family: Family) -> list[Block]:
+    """All blocks in execution order."""
+    found: list[Block] = []
+    for stack in family.stacks:
+        for index, module in enumerate(getattr(transformer, stack.attribute)):
+            found.append(Block(len(found), f"{stack.label} {index}", module, stack))
+    return found
+
+
+class Tap(AbstractContextManager):
+    """While entered, sends events of a pipeline's transformer to listeners; those that write come first.
+
+    Args:
+        pipeline: a diffusers pipeline with ``transformer`` and ``scheduler``.
+        family: the transformer's row.
+        samples: number of samples of the pipeline call, by which batched guidance is told from a plain batch.
+        listeners: called in the given order, writers before readers.
+
+    Raises:
+        RuntimeError: the transformer is compiled or a cache accelerator is on, which would hide or fake block outputs.
+    """
+
+    def __init__(self, pipeline: Any, family: Family, samples: int, listeners: Sequence[Listener]) -> None:
+        self._pipeline, self._family, self._samples = pipeline, family, samples
+        self._listeners = sorted(listeners, key=lambda listener: not listener.writes)
+        self._undo = ExitStack()
+        self._calls, self._named, self._branches = 0, "", BRANCHES[:1]
+        self.step = 0
+
+    def __enter__(self) -> Tap:
+        transformer = self._pipeline.transformer
+        _refuse_opaque(transformer)
+        with ExitStack() as undo:
+            self._replace(undo, self._pipeline.scheduler, "step", self._scheduler_step)
+            if hasattr(transformer, "cache_context"):
+                self._replace(undo, transformer, "cache_context", self._cache_context)
+            undo.callback(transformer.register_forward_pre_hook(self._on_call, with_kwargs=True).remove)
+            for block in blocks_of(transformer, self._family):
+                self._tap_block(undo, block)
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._undo.close()
+
+    def _replace(self, undo: ExitStack, owner: Any, name: str, wrap: Callable) -> None:
+        """Shadow a method on the instance; the shadow is removed, or an earlier one put back, on exit."""
+        before = vars(owner).get(name)
+        original = getattr(owner, name)
+        object.__setattr__(owner, name, wrap(original))
+
+        def restore() -> None:
+            if before is None:
+                vars(owner).pop(name, None)
+            else:
+                object.__setattr__(owner, name, before)
+
+        undo.callback(restore)
+
+    def _scheduler_step(self, original: Callable) -> Callable:
+        def step(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            self.step, self._calls = self.step + 1, 0
+            return result
+
+        return step
+
+    def _cache_context(self, original: Callable) -> Callable:
+        def cache_context(name: str, *args: Any, **kwargs: Any) -> Any:
+            self._named = name
+            return original(name, *args, **kwargs)
+
+        return cache_context
+
+    def _on_call(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        batch = (args[0] if args else kwargs["hidden_states"]).shape[0]
+        order = self._family.order
+        if self._family.passes == "batched":
+            self._branches = order if batch == len(order) * self._samples else BRANCHES[:1]
+        else:
+            self._branches = (self._named if self._named in BRANCHES else order[self._calls],)
+        self._calls += 1
+
+    def _tap_block(self, undo: ExitStack, block: Block) -> None:
+        stack = block.stack
+        for stream, argument in stack.arguments.items():
+            if wanted := self._wanting(block.layer, stream, "input"):
+                hook = self._input_hook(block, stream, argument, wanted)
+                undo.callback(block.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        for index, stream in enumerate(stack.returns):
+            if wanted := self._wanting(block.layer, stream, "output"):
+                hook = self._output_hook(block, stream, index, wanted)
+                undo.callback(block.module.register_forward_hook(hook, with_kwargs=True).remove)
+        for gate in stack.gates:
+            if wanted := self._wanting(block.layer, gate.stream, "gate"):
+                undo.callback(self._tap_gate(block, gate, wanted))
+
+    def _wanting(self, layer: int, stream: str, point: str) -> list[Listener]:
+        return [listener for listener in self._listeners if listener.wants(layer, stream, point)]
+
+    def _send(self, wanted: list[Listener], x: Tensor, *site: Any) -> None:
+        for branch, part in zip(self._branches, x.chunk(len(self._branches)), strict=True):
+            event = Event(self.step, branch, *site)
+            for listener in wanted:
+                listener(event, part)
+
+    def _input_hook(self, block: Block, stream: str, argument: str, wanted: list[Listener]) -> Callable:
+        position = list(block.stack.arguments).index(stream)
+        writes = any(listener.writes for listener in wanted)
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+            x = kwargs[argument] if argument in kwargs else args[position]
+            if writes:
+                x = x.clone()  # the block before, or the pipeline, may still hold the tensor that enters
+            self._send(wanted, x, block.layer, stream, "input")
+            if not writes:
+                return None
+            if argument in kwargs:
+                return args, {**kwargs, argument: x}
+            return (*args[:position], x, *args[position + 1 :]), kwargs
+
+        return hook
+
+    def _output_hook(self, block: Block, stream: str, index: int, wanted: list[Listener]) -> Callable:
+        argument = block.stack.arguments[stream]
+        writes = any(listener.writes for listener in wanted)
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+            x = output[index] if isinstance(output, tuple) else output
+            if x is None:
+                return None
+            entering = kwargs.get(argument, args[0] if args else None)
+            shared = writes and entering is not None and _same_storage(x, entering)
+            if shared:  # a block that passes its input through: writing in place would reach further than this site
+                x = x.clone()
+            self._send(wanted, x, block.layer, stream, "output")
+            if not shared:
+                return None
+            return (*output[:index], x, *output[index + 1 :]) if isinstance(output, tuple) else x
+
+        return hook
+
+    def _tap_gate(self, block: Block, gate: Gate, wanted: list[Listener]) -> Callable[[], None]:
+        site = (block.layer, gate.stream, "gate", gate.name)
+        if gate.module is None:
+
+            def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+                timestep = kwargs["timestep"] if "timestep" in kwargs else args[4]
+                table = module.scale_shift_table
+                rows = table[None] + timestep.reshape(len(timestep), *table.shape)
+                self._send(wanted, rows[:, gate.index], *site)
+
+            return block.module.register_forward_pre_hook(before, with_kwargs=True).remove
+
+        def after(module: nn.Module, args: tuple, output: Any) -> None:
+            if isinstance(output, tuple) and len(output) > gate.index:  # the last SD3 block has no text gates
+                self._send(wanted, output[gate.index], *site)
+
+        return block.module.get_submodule(gate.module).register_forward_hook(after).remove
+
+
+def _same_storage(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _refuse_opaque(transformer: nn.Module) -> None:
+    compiled = isinstance(transformer, torch._dynamo.eval_frame.OptimizedModule) or any(
+        getattr(m, "_compiled_call_impl", None) is not None for m in transformer.modules()
+    )
+    if compiled:
+        raise RuntimeError("The transformer is compiled, which hides its blocks from hooks; load it without torch.compile.")
+    if getattr(transformer, "is_cache_enabled", False):
+        raise RuntimeError("A cache accelerator is on, which skips blocks; call transformer.disable_cache() first.")

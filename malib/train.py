@@ -1,0 +1,439 @@
+"""Trains mini-flux from a seed: first its VAE, then its transformer with both text encoders.
+
+``python -m malib.train --preset mini --out runs/mini`` can be stopped at any time and goes on where it was. The result is a
+standard ``FluxPipeline`` directory. Rectified flow: ``x = (1 - sigma) * x0 + sigma * noise``, target ``noise - x0``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from . import scenes
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, FluxPipeline
+    from transformers import PreTrainedTokenizerFast
+
+TEXT_LENGTH = 32
+_TRAINED = ("transformer", "text_encoder", "text_encoder_2")
+_HELD_OUT_SEED = 2_000_000_000
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Everything that fixes a training but its seed; ``heads`` * 64 is the width of the transformer."""
+
+    name: str
+    heads: int
+    double_blocks: int
+    single_blocks: int
+    steps: int
+    batch: int
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    decay_share: float = 0.3
+    ema: float = 0.998
+    empty_captions: float = 0.1
+    scenes: int = 40_000
+    vae_channels: tuple[int, int] = (32, 64)
+    vae_steps: int = 1000
+    vae_batch: int = 16
+
+
+PRESETS = {
+    p.name: p
+    for p in (
+        Preset("tiny", 2, 1, 2, steps=600, batch=16, scenes=4000, vae_channels=(16, 32), vae_steps=300, ema=0.99),
+        Preset("mini", 6, 1, 4, steps=4600, batch=32, vae_steps=1200),
+        Preset("base", 8, 2, 6, steps=40_000, batch=128, learning_rate=7e-4, ema=0.9995, scenes=200_000),
+    )
+}
+
+
+def build_pipeline(preset: Preset, seed: int = 0) -> FluxPipeline:
+    """A ``FluxPipeline`` of the preset's size with fresh weights; adaLN-zero, else the libraries' own initialisation."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    torch.manual_seed(seed)
+    tokenizer, tokenizer_2 = _tokenizer(bos=True), _tokenizer(bos=False)
+    vocabulary, special = len(tokenizer), {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=preset.double_blocks,
+        num_single_layers=preset.single_blocks,
+        attention_head_dim=64,
+        num_attention_heads=preset.heads,
+        joint_attention_dim=128,
+        pooled_projection_dim=64,
+        guidance_embeds=False,
+        axes_dims_rope=(16, 24, 24),
+    )
+    for name, module in transformer.named_modules():
+        modulates = name.endswith(("norm.linear", "norm1.linear", "norm1_context.linear", "norm_out.linear"))
+        if modulates or name == "proj_out":
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=64,
+            intermediate_size=256,
+            projection_dim=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=TEXT_LENGTH,
+            **special,
+        )
+    )
+    text_encoder_2 = T5EncoderModel(
+        T5Config(
+            vocab_size=vocabulary,
+            d_model=128,
+            d_kv=32,
+            d_ff=256,
+            num_layers=1,
+            num_heads=4,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            decoder_start_token_id=0,
+            **special,
+        )
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=preset.vae_channels,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=scenes.SIZE,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    return FluxPipeline(scheduler, vae, text_encoder, tokenizer, text_encoder_2, tokenizer_2, transformer)
+
+
+def train(preset: Preset, seed: int, out: Path, device: str = "cpu", compiled: bool = True) -> Path:
+    """Train a preset, or go on with it, and export the pipeline.
+
+    Args:
+        preset: one of ``PRESETS``, perhaps with some fields replaced.
+        seed: fixes initialisation, scenes, captions and noise.
+        out: working folder for latents, checkpoints, snapshots and logs (hundreds of MB: keep it outside the repository).
+        device: "cpu" or "cuda"; both compute in bf16 autocast with fp32 weights.
+        compiled: use ``torch.compile`` on the transformer.
+
+    Returns:
+        ``out / "pipeline"``, the exported ``FluxPipeline`` directory.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "preset.json").write_text(json.dumps({**asdict(preset), "seed": seed}, indent=1))
+    pipeline = build_pipeline(preset, seed).to(device)
+    _train_vae(pipeline.vae, preset, seed, out, device)
+    latents = _latents(pipeline.vae, preset, seed, out, device)
+    _train_flow(pipeline, latents, preset, seed, out, device, compiled)
+    pipeline.transformer.to(torch.bfloat16)  # halves the download; the text encoders stay fp32 so that plain loading works
+    pipeline.save_pretrained(out / "pipeline")
+    return out / "pipeline"
+
+
+def probe_steps(total: int, points: int = 40) -> list[int]:
+    """About ``points`` steps from 0 to ``total``, dense at the start, where massive activations are born."""
+    return sorted({round(total * (i / (points - 1)) ** 2) for i in range(points)})
+
+
+def encode_text(pipeline: FluxPipeline, captions: list[str]) -> tuple[Tensor, Tensor]:
+    """Exactly what ``FluxPipeline`` feeds its transformer: T5 states (B, 32, 128) and CLIP pooled (B, 64)."""
+    states = []
+    for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
+        ids = tokenizer(captions, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt")
+        states.append(ids.input_ids.to(pipeline.transformer.device))
+    pooled = pipeline.text_encoder(states[0]).pooler_output
+    return pipeline.text_encoder_2(states[1])[0], pooled
+
+
+def pack(latents: Tensor) -> Tensor:
+    """(B, 4, 32, 32) latents -> (B, 256, 16) tokens, in FLUX's order."""
+    b, c, h, w = latents.shape
+    return latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, c * 4)
+
+
+def position_ids(device: str | torch.device) -> tuple[Tensor, Tensor]:
+    """(text ids (32, 3), image ids (256, 3)) for the rotary embedding."""
+    side = scenes.SIZE // 4
+    image = torch.zeros(side, side, 3, device=device)
+    image[..., 1] += torch.arange(side, device=device)[:, None]
+    image[..., 2] += torch.arange(side, device=device)[None]
+    return torch.zeros(TEXT_LENGTH, 3, device=device), image.reshape(-1, 3)
+
+
+def _tokenizer(bos: bool) -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ("<pad>", "<unk>", "<s>", "</s>", *scenes.VOCABULARY)
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>" if bos else "$A </s>", special_tokens=[("<s>", 2), ("</s>", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=TEXT_LENGTH,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+    )
+
+
+def _training_scene(seed: int, index: int) -> scenes.Scene:
+    return scenes.sample_scene(seed * 10_000_000 + index)
+
+
+def _pixels(job: tuple[int, int]) -> np.ndarray:
+    image = scenes.render(_training_scene(*job)).image
+    return (image * 255).round().astype(np.uint8)
+
+
+def _render_batches(seed: int, count: int, batch: int) -> Iterator[Tensor]:
+    """Float (B, 3, 64, 64) in [-1, 1], scenes 0 to ``count`` - 1 in order, drawn by worker processes."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(min(multiprocessing.cpu_count(), 16)) as pool:
+        images: list[np.ndarray] = []
+        for image in pool.imap(_pixels, ((seed, i) for i in range(count)), chunksize=64):
+            images.append(image)
+            if len(images) == batch:
+                yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+                images = []
+        if images:
+            yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _train_vae(vae: AutoencoderKL, preset: Preset, seed: int, out: Path, device: str) -> None:
+    """L1 on pixels and on their differences (for sharp edges), and a light KL term; sets scale and shift of the latents."""
+    path = out / "vae"
+    if path.exists():
+        fresh = type(vae).from_pretrained(path)
+        vae.load_state_dict(fresh.state_dict())
+        vae.register_to_config(scaling_factor=fresh.config.scaling_factor, shift_factor=fresh.config.shift_factor)
+        return
+    generator = torch.Generator(device).manual_seed(seed)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    vae.to(memory_format=torch.channels_last).train()
+    count = min(preset.vae_steps * preset.vae_batch, preset.scenes)
+    batches = list(_render_batches(seed, count, preset.vae_batch))
+    log = []
+    for step in _bar(range(preset.vae_steps), "VAE"):
+        share = step / preset.vae_steps
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * share))
+        images = batches[step % len(batches)].to(device, memory_format=torch.channels_last)
+        with torch.autocast(device, torch.bfloat16):
+            posterior = vae.encode(images).latent_dist
+            restored = vae.decode(posterior.sample(generator)).sample
+        error = restored.float() - images
+        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        loss = error.abs().mean() + 0.5 * edges + 1e-3 * posterior.kl().mean() / posterior.mean[0].numel()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 0 or step == preset.vae_steps - 1:
+            log.append({"step": step, "loss": loss.item(), "psnr": -10 * math.log10(error.square().mean().item() / 4)})
+    vae.eval()
+    with torch.no_grad():
+        sample = torch.cat([vae.encode(b.to(device)).latent_dist.mean for b in batches[:32]])
+    vae.register_to_config(scaling_factor=1 / sample.std().item(), shift_factor=sample.mean().item())
+    (out / "vae_log.json").write_text(json.dumps(log))
+    vae.save_pretrained(path)
+
+
+@torch.no_grad()
+def _latents(vae: AutoencoderKL, preset: Preset, seed: int, out: Path, device: str) -> Tensor:
+    """Scaled latents of all training scenes, fp16 (N, 4, 32, 32), kept on disk between runs."""
+    path = out / "latents.safetensors"
+    if not path.exists():
+        parts = []
+        batches = _render_batches(seed, preset.scenes, 64)
+        for images in _bar(batches, "latents", total=math.ceil(preset.scenes / 64)):
+            with torch.autocast(device, torch.bfloat16):
+                mean = vae.encode(images.to(device, memory_format=torch.channels_last)).latent_dist.mean
+            parts.append(((mean.float() - vae.config.shift_factor) * vae.config.scaling_factor).half().cpu())
+        save_file({"latents": torch.cat(parts).contiguous()}, path)
+    return load_file(path)["latents"]
+
+
+class _Ema:
+    """Exponential mean of the weights, with a warm-up so that early snapshots follow the training."""
+
+    def __init__(self, weights: dict[str, Tensor], decay: float) -> None:
+        self.decay, self.mean = decay, {k: v.detach().clone() for k, v in weights.items()}
+
+    @torch.no_grad()
+    def update(self, weights: dict[str, Tensor], step: int) -> None:
+        rate = 1 - min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.mean.values()), [weights[k] for k in self.mean], rate)
+
+
+def _weights(pipeline: FluxPipeline) -> dict[str, Tensor]:
+    return {f"{part}.{name}": tensor for part in _TRAINED for name, tensor in getattr(pipeline, part).named_parameters()}
+
+
+@torch.no_grad()
+def _load_weights(pipeline: FluxPipeline, weights: dict[str, Tensor]) -> None:
+    for name, tensor in _weights(pipeline).items():
+        tensor.copy_(weights[name])
+
+
+def _train_flow(
+    pipeline: FluxPipeline,
+    latents: Tensor,
+    preset: Preset,
+    seed: int,
+    out: Path,
+    device: str,
+    compiled: bool,
+) -> None:
+    weights = _weights(pipeline)
+    optimizer = torch.optim.AdamW(weights.values(), lr=preset.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    ema, start, seconds = _Ema(weights, preset.ema), 0, 0.0
+    checkpoint, log_path, snapshots = out / "checkpoint.pt", out / "log.jsonl", out / "snapshots"
+    snapshots.mkdir(exist_ok=True)
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        _load_weights(pipeline, state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema.mean, start, seconds = state["ema"], state["step"], state["seconds"]
+        lines = log_path.read_text().splitlines() if log_path.exists() else []
+        log_path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= start))
+    forward = torch.compile(pipeline.transformer) if compiled else pipeline.transformer
+    held_out = _held_out_batch(pipeline.vae, device)
+    probes, began, losses = set(probe_steps(preset.steps)), time.monotonic() - seconds, []
+    for step in _bar(range(start, preset.steps + 1), "flow", initial=start, total=preset.steps):
+        if step in probes:
+            save_file({k: v.to(torch.bfloat16) for k, v in ema.mean.items()}, snapshots / f"{step:06d}.safetensors")
+        last = step == preset.steps
+        if step > start and (step % 250 == 0 or last):
+            state = {"weights": weights, "optimizer": optimizer.state_dict(), "ema": ema.mean, "step": step}
+            torch.save({**state, "seconds": time.monotonic() - began}, checkpoint.with_suffix(".tmp"))
+            checkpoint.with_suffix(".tmp").replace(checkpoint)
+            row = {
+                "step": step,
+                "loss": float(torch.stack(losses).mean()) if losses else None,
+                "held_out": _held_out_loss(pipeline, held_out),
+                "seconds": round(time.monotonic() - began, 1),
+            }
+            with log_path.open("a") as log:
+                log.write(json.dumps(row) + "\n")
+            losses = []
+        if last:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = preset.learning_rate * _schedule(step, preset)
+        loss = _flow_loss(pipeline, forward, *_draw(latents, preset, seed, step, device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        optimizer.step()
+        ema.update(weights, step)
+        losses.append(loss.detach())
+    _load_weights(pipeline, ema.mean)
+
+
+def _schedule(step: int, preset: Preset) -> float:
+    """Linear warm-up, constant, linear decay to zero over the last ``decay_share`` of the training."""
+    return min(1.0, (step + 1) / preset.warmup, (preset.steps - step) / (preset.decay_share * preset.steps))
+
+
+def _draw(latents: Tensor, preset: Preset, seed: int, step: int, device: str) -> tuple[Tensor, list[str], Tensor, Tensor]:
+    """Clean latents, captions, sigmas (logit-normal) and noise of one step; depends on (seed, step) alone."""
+    rng = np.random.default_rng([seed, step])
+    indices = rng.integers(len(latents), size=preset.batch)
+    captions = [
+        "" if rng.random() < preset.empty_captions else scenes.paraphrase(_training_scene(seed, int(i)), rng)
+        for i in indices
+    ]
+    sigma = torch.sigmoid(torch.from_numpy(rng.standard_normal(preset.batch)).float())
+    noise = torch.from_numpy(rng.standard_normal((preset.batch, *latents.shape[1:]), dtype=np.float32))
+    return latents[indices].to(device).float(), captions, sigma.to(device), noise.to(device)
+
+
+def _flow_loss(
+    pipeline: FluxPipeline, forward: Any, clean: Tensor, captions: list[str], sigma: Tensor, noise: Tensor
+) -> Tensor:
+    mixed = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1))
+    text_ids, image_ids = position_ids(clean.device)
+    with torch.autocast(clean.device.type, torch.bfloat16):
+        states, pooled = encode_text(pipeline, captions)
+        velocity = forward(
+            hidden_states=pack(mixed),
+            encoder_hidden_states=states,
+            pooled_projections=pooled,
+            timestep=sigma,
+            img_ids=image_ids,
+            txt_ids=text_ids,
+            return_dict=False,
+        )[0]
+    return nn.functional.mse_loss(velocity.float(), pack(noise - clean))
+
+
+@torch.no_grad()
+def _held_out_batch(vae: AutoencoderKL, device: str, count: int = 32) -> tuple[Tensor, list[str], Tensor, Tensor]:
+    """Scenes of unseen combinations at evenly spread sigmas, the same for every training."""
+    chosen = [scenes.sample_scene(_HELD_OUT_SEED + i, unseen=True) for i in range(count)]
+    images = torch.from_numpy(np.stack([scenes.render(s).image for s in chosen])).permute(0, 3, 1, 2).to(device) * 2 - 1
+    clean = (vae.encode(images).latent_dist.mean - vae.config.shift_factor) * vae.config.scaling_factor
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    return clean, [s.caption for s in chosen], ((torch.arange(count) + 0.5) / count).to(device), noise
+
+
+@torch.no_grad()
+def _held_out_loss(pipeline: FluxPipeline, batch: tuple[Tensor, list[str], Tensor, Tensor]) -> float:
+    return _flow_loss(pipeline, pipeline.transformer, *batch).item()
+
+
+def _bar(items: Any, label: str, **kwargs: Any) -> tqdm:
+    return tqdm(items, desc=label, mininterval=10, dynamic_ncols=True, **kwargs)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line: ``python -m malib.train --preset mini``."""
+    parser = argparse.ArgumentParser(prog="python -m malib.train", description=__doc__)
+    parser.add_argument("--preset", choices=PRESETS, default="mini")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="working folder (default: ~/.cache/malib/train/PRESET-SEED)")
+    parser.add_argument("--steps", type=int, help="replace the preset's number of steps")
+    parser.add_argument("--batch", type=int, help="replace the preset's batch size")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--eager", action="store_true", help="do without torch.compile")
+    args = parser.parse_args(argv)
+    changes = {k: v for k in ("steps", "batch") if (v := getattr(args, k)) is not None}
+    preset = replace(PRESETS[args.preset], **changes)
+    out = args.out or Path.home() / ".cache" / "malib" / "train" / f"{preset.name}-{args.seed}"
+    print(train(preset, args.seed, out, args.device, not args.eager))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""One contract that every architecture keeps: exact events, exact edits, and a model that comes back as it was."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import malib
+from malib import BottomK, Channels, ChannelStats, Disrupt, DiT, EnergyMatched, Gates, HiddenStates, RandomK, TopK
+from malib.records import Window
+
+from .. import architectures
+
+PROMPTS = ["a red star", "a small blue ring on the left"]
+STEPS = 3
+
+
+def calls_of(dit: DiT, cfg: float, prompts: list[str] = PROMPTS) -> list[tuple[torch.Tensor, ...]]:
+    """Image-stream output of every block call, by a hook written by hand, in the order of the calls."""
+    seen: list[torch.Tensor] = []
+
+    def hook(module, args, output):
+        image = output[-1] if isinstance(output, tuple) else output
+        seen.append(image.clone())
+
+    handles = [b.module.register_forward_hook(hook) for b in dit.blocks]
+    dit.generate(prompts, steps=STEPS, cfg=cfg)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def expected_branches(dit: DiT, seen: list[torch.Tensor], cfg: float) -> dict[tuple[int, str, int], torch.Tensor]:
+    """The same tensors by (step, branch, layer), from what is known of each pipeline."""
+    found, layers = {}, len(dit.blocks)
+    names = ["cond"] if cfg <= 1 else ["cond", "uncond"]
+    batched = type(dit.pipeline).__name__ != "FluxPipeline" and cfg > 1
+    for index, x in enumerate(seen):
+        call, layer = divmod(index, layers)
+        if batched:
+            half = len(x) // 2
+            found[call, "uncond", layer], found[call, "cond", layer] = x[:half], x[half:]
+        else:
+            found[call // len(names), names[call % len(names)], layer] = x
+    return found
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_records_equal_a_naive_hook_bit_for_bit(any_dit: DiT, cfg: float) -> None:
+    naive = expected_branches(any_dit, calls_of(any_dit, cfg), cfg)
+    generation = any_dit.generate(PROMPTS, steps=STEPS, cfg=cfg, record=[ChannelStats(), HiddenStates()])
+    stats, full = generation.records.channel_stats, generation.records.hidden_states
+    branches = ["cond"] if cfg <= 1 else ["cond", "uncond"]
+    assert list(stats.branch.values) == branches
+    assert stats.sizes["step"] == STEPS and stats.sizes["layer"] == len(any_dit.blocks)
+    assert len(naive) == STEPS * len(branches) * len(any_dit.blocks)
+    for (step, branch, layer), x in naive.items():
+        at = {"step": step, "branch": branch, "layer": layer}
+        assert np.array_equal(stats.score.sel(at), x.mean(1).abs())
+        assert np.array_equal(stats.magnitude.sel(at), x.abs().mean(1))
+        assert np.array_equal(stats.maximum.sel(at), x.abs().amax(1))
+        assert np.array_equal(stats.energy.sel(at), x.square().mean(1))
+        assert np.array_equal(full.value.sel(at), x)
+
+
+def test_branches_see_their_own_prompt(any_dit: DiT) -> None:
+    """At the first step, cond with guidance equals the only branch without; uncond does not know the prompt."""
+    guided = any_dit.generate(PROMPTS, steps=1, cfg=3.0, record=[ChannelStats()]).records.channel_stats
+    plain = any_dit.generate(PROMPTS, steps=1, cfg=1.0, record=[ChannelStats()]).records.channel_stats
+    np.testing.assert_allclose(guided.score.sel(branch="cond"), plain.score.sel(branch="cond"), rtol=1e-4, atol=1e-5)
+    other = any_dit.generate(PROMPTS[::-1], seeds=0, steps=1, cfg=3.0, record=[ChannelStats()]).records.channel_stats
+    np.testing.assert_allclose(guided.score.sel(branch="uncond"), other.score.sel(branch="uncond"), rtol=1e-4, atol=1e-5)
+    assert not np.allclose(guided.score.sel(branch="cond"), other.score.sel(branch="cond"), rtol=1e-3, atol=1e-4)
+
+
+def test_steps_and_sigmas_on_the_second_call_too(any_dit: DiT) -> None:
+    for steps in (2, 4):
+        stats = any_dit.generate(PROMPTS, steps=steps, record=[ChannelStats(top=0)]).records.channel_stats
+        assert list(stats.step.values) == list(range(steps))
+        assert np.allclose(stats.sigma.values, any_dit.pipeline.scheduler.sigmas[:steps].numpy())
+        assert (np.diff(stats.sigma.values) < 0).all()
+
+
+def test_embedded_guidance_is_one_branch_and_changes_the_image() -> None:
+    dit = DiT(architectures.build("flux-guided"), cache=False)
+    low = dit.generate(PROMPTS, steps=2, cfg=1.0, guidance=1.0, record=[ChannelStats()])
+    high = dit.generate(PROMPTS, steps=2, cfg=1.0, guidance=8.0)
+    assert list(low.records.channel_stats.branch.values) == ["cond"]
+    assert not np.array_equal(low.latents, high.latents)
+
+
+def test_recording_and_no_edits_leave_images_bit_identical(any_dit: DiT) -> None:
+    plain = any_dit.generate(PROMPTS, steps=STEPS)
+    watched = any_dit.generate(PROMPTS, steps=STEPS, record=[ChannelStats(), HiddenStates(layers=1), Gates()])
+    assert np.array_equal(plain.images, watched.images) and np.array_equal(plain.latents, watched.latents)
+
+
+def test_an_image_does_not_depend_on_its_place_in_the_batch(any_dit: DiT) -> None:
+    """Tolerance: 1e-3 of the latents' standard deviation, for matrix products may sum in another order."""
+    together = any_dit.generate([*PROMPTS, "a cross"], seeds=[5, 6, 7], steps=STEPS)
+    alone = any_dit.generate(PROMPTS[1], seeds=6, steps=STEPS)
+    moved = any_dit.generate([PROMPTS[1], "a cross", *PROMPTS, "a star", "a ring"], seeds=[6, 1, 2, 3, 4, 5], steps=STEPS)
+    tolerance = 1e-3 * together.latents.std()
+    assert np.abs(together.latents[1] - alone.latents[0]).max() < tolerance
+    assert np.abs(moved.latents[0] - alone.latents[0]).max() < tolerance
+    assert not np.allclose(together.latents[0], together.latents[1])
+
+
+@pytest.mark.parametrize("rule", [TopK(3), BottomK(3), RandomK(3, seed=1), EnergyMatched(2), Channels((0, 5))])
+def test_disrupt_changes_the_named_entries_alone(any_dit: DiT, rule: malib.channels.Rule) -> None:
+    """Only layer 1, step 0, branch cond: there the selected channels are zero and all others as they were."""
+    window = {"layers": 1, "steps": 0, "branches": "cond"}
+    before = any_dit.generate(PROMPTS, steps=2, record=[HiddenStates()]).records.hidden_states.value
+    run = any_dit.generate(PROMPTS, steps=2, edits=[Disrupt(rule, **window)], record=[HiddenStates()])
+    after, mask = run.records.hidden_states.value, run.records.disrupt.mask
+    assert mask.sizes["step"] == mask.sizes["branch"] == mask.sizes["layer"] == 1
+    chosen = mask.isel(step=0, branch=0, layer=0).values[:, None, :]
+    site = {"step": 0, "branch": "cond", "layer": 1}
+    assert (after.sel(site).values[np.broadcast_to(chosen, after.sel(site).shape)] == 0).all()
+    assert np.array_equal(np.where(chosen, 0, before.sel(site)), after.sel(site))
+    untouched = [{"step": 0, "branch": "uncond"}, {"step": 0, "branch": "cond", "layer": 0}]
+    for at in untouched:
+        assert np.array_equal(before.sel(at), after.sel(at))
+    assert not np.array_equal(before.sel(step=1), after.sel(step=1))
+
+
+def test_disrupt_at_the_input_equals_disrupt_at_the_output_before(any_dit: DiT) -> None:
+    rule = Channels((1, 4))
+    out = any_dit.generate(PROMPTS, steps=2, edits=[Disrupt(rule, layers=0)])
+    into = any_dit.generate(PROMPTS, steps=2, edits=[Disrupt(rule, layers=1, point="input")])
+    assert np.array_equal(out.latents, into.latents)
+
+
+def test_gates_are_those_of_the_blocks(any_dit: DiT) -> None:
+    """Sum over a block: output - input = gated branches, so with a zero gate row the channel passes unchanged."""
+    gates = any_dit.generate(PROMPTS, steps=1, cfg=1.0, record=[Gates()]).records.gates.value
+    found = {}
+    first = any_dit.blocks[0].module
+    name = "norm1" if hasattr(first, "norm1") and any_dit.family.stacks[0].gates[0].module else None
+    if name:
+        handle = first.norm1.register_forward_hook(lambda m, a, o: found.update(a=o[1], m=o[4]))
+    else:
+
+        def before(module, args):
+            rows = (module.scale_shift_table[None] + args[4].reshape(len(args[4]), 6, -1)).chunk(6, dim=1)
+            found.update(a=rows[2][:, 0], m=rows[5][:, 0])
+
+        handle = first.register_forward_pre_hook(before)
+    any_dit.generate(PROMPTS, steps=1, cfg=1.0)
+    handle.remove()
+    at = gates.isel(step=0, branch=0, layer=0)
+    assert np.array_equal(at.sel(gate="attention"), found["a"]) and np.array_equal(at.sel(gate="mlp"), found["m"])
+
+
+@pytest.mark.parametrize("where", ["block", "scheduler", "record", "edit"])
+def test_after_an_exception_the_model_is_as_before(any_dit: DiT, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = any_dit.generate(PROMPTS, steps=STEPS)
+    pipeline, modules = any_dit.pipeline, list(any_dit.pipeline.transformer.modules())
+    before = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules]
+
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if where == "block":
+            patch.setattr(any_dit.blocks[1].module, "forward", fail)
+        elif where == "scheduler":
+            patch.setattr(type(pipeline.scheduler), "step", fail)
+        elif where == "record":
+            patch.setattr(malib.records._ChannelStatsListener, "__call__", fail)
+        else:
+            patch.setattr(malib.edits._DisruptListener, "__call__", fail)
+        any_dit.generate(PROMPTS, steps=STEPS, edits=[Disrupt(TopK(2))], record=[ChannelStats()])
+    assert before == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules]
+    assert "step" not in vars(pipeline.scheduler) and "cache_context" not in vars(pipeline.transformer)
+    again = any_dit.generate(PROMPTS, steps=STEPS)
+    assert np.array_equal(reference.latents, again.latents)
+
+
+def test_text_stream_where_there_is_one(any_dit: DiT) -> None:
+    """FLUX has text in every block, SD3 not after its last, Sana nowhere."""
+    stats = any_dit.generate(PROMPTS, steps=1, record=[ChannelStats(stream="text")]).records.channel_stats
+    layers = {"FluxPipeline": 4, "StableDiffusion3Pipeline": 2, "SanaPipeline": 0}[type(any_dit.pipeline).__name__]
+    assert stats.sizes.get("layer", 0) == layers
+
+
+def test_running_means_equal_the_means_of_what_is_kept(any_dit: DiT) -> None:
+    """Averaging while running, over batches of uneven size, gives what keeping all and averaging gives."""
+    prompts, window = [*PROMPTS, "a star", "a ring", "a cross"], {"steps": (0, 2)}
+    kept = any_dit.generate(prompts, steps=STEPS, record=[ChannelStats(**window)]).records.channel_stats
+    for keep in [("step", "branch", "layer"), ("layer",), ("sample", "layer")]:
+        run = any_dit.generate(prompts, steps=STEPS, record=[ChannelStats(keep=keep, top=0, **window)])
+        mean, dims = run.records.channel_stats, [a for a in malib.records.AXES if a not in keep]
+        np.testing.assert_allclose(mean.score, kept.score.mean(dims).transpose(*mean.score.dims), rtol=1e-5)
+        np.testing.assert_allclose(mean.score_std, kept.score.std(dims).transpose(*mean.score.dims), rtol=1e-2, atol=1e-5)
+        assert np.array_equal(mean.maximum, kept.maximum.max(dims).transpose(*mean.maximum.dims))
+
+
+def test_top_channels_are_the_highest_scores(any_dit: DiT) -> None:
+    stats = any_dit.generate(PROMPTS, steps=2, record=[ChannelStats(top=5)]).records.channel_stats
+    picked = np.take_along_axis(stats.score.values, stats.top_channel.values, axis=-1)
+    assert np.array_equal(picked, stats.top_score)
+    assert np.array_equal(np.sort(stats.score.values, axis=-1)[..., ::-1][..., :5], stats.top_score)
+
+
+def test_hidden_states_of_a_rule_and_of_tokens(any_dit: DiT) -> None:
+    full = any_dit.generate(PROMPTS, steps=1, record=[HiddenStates()]).records.hidden_states
+    record = HiddenStates(channels=TopK(3), tokens=(0, 7))
+    some = any_dit.generate(PROMPTS, steps=1, record=[record]).records.hidden_states
+    ids = some.channel_id.values[..., None, :].astype(int)
+    expected = np.take_along_axis(full.value.sel(token=[0, 7]).values, ids, axis=-1)
+    assert np.array_equal(expected, some.value) and list(some.token) == [0, 7]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda d: d.generate([]), "No prompts"),
+        (lambda d: d.generate(["a star", " "]), "Prompt 1"),
+        (lambda d: d.generate(PROMPTS, seeds=[1]), "2 prompts but 1 seeds"),
+        (lambda d: d.generate(PROMPTS, steps=0), "steps is 0"),
+        (lambda d: d.generate(PROMPTS, edits=[Disrupt(TopK(10_000))]), "k is 10000"),
+        (lambda d: d.generate(PROMPTS, edits=[Disrupt(Channels((99_999,)))]), "Channels 99999"),
+        (lambda d: d.generate(PROMPTS, record=[ChannelStats(layers=99)]), "layers 0 to"),
+        (lambda d: d.generate(PROMPTS, steps=2, edits=[Disrupt(TopK(1), steps=(2,))]), "steps 0 to 1"),
+        (lambda d: d.generate(PROMPTS, record=[HiddenStates(max_bytes=10)]), "max_bytes"),
+        (lambda d: d.generate(PROMPTS, guidance=3.5), "no embedded guidance"),
+    ],
+)
+def test_bad_input_gets_one_sentence(any_dit: DiT, call, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as error:
+        call(any_dit)
+    assert "\n" not in str(error.value) and str(error.value).endswith(".")
+
+
+def test_windows_refuse_unknown_words() -> None:
+    for bad in ({"stream": "audio"}, {"point": "middle"}, {"branches": "both"}):
+        with pytest.raises(ValueError, match="use"):
+            Window(**bad)
+
+
+def test_a_compiled_transformer_is_refused(flux_dit: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flux_dit.blocks[0].module, "_compiled_call_impl", lambda *a: None)
+    with pytest.raises(RuntimeError, match="compiled"):
+        flux_dit.generate(PROMPTS, steps=1)
