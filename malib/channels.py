@@ -6,10 +6,12 @@ the variant ``mean over tokens of |.|`` is kept as a second kind. A selection is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -151,6 +153,136 @@ def jaccard(a: Tensor, b: Tensor) -> Tensor:
     """
     shared = (a.unsqueeze(-1) == b.unsqueeze(-2)).sum((-1, -2)).float()
     return shared / (a.shape[-1] + b.shape[-1] - shared)
+
+
+def crossed(data: xr.Dataset) -> xr.Dataset:
+    """Samples of a full grid of prompts and seeds, (sample) -> (prompt, seed).
+
+    Raises:
+        ValueError: some pair of prompt and seed is missing or occurs twice.
+    """
+    pairs = list(zip(data.prompt.values.tolist(), data.seed.values.tolist(), strict=True))
+    prompts, seeds = (list(dict.fromkeys(p[i] for p in pairs)) for i in (0, 1))
+    if len(set(pairs)) != len(pairs) or len(pairs) != len(prompts) * len(seeds):
+        raise ValueError(f"{len(pairs)} samples are no grid of {len(prompts)} prompts and {len(seeds)} seeds.")
+    indexed = data.set_index(sample=("prompt", "seed")).unstack("sample")
+    return indexed.sel(prompt=prompts, seed=seeds).transpose("prompt", "seed", ...)
+
+
+def ratio(scores: xr.DataArray) -> xr.DataArray:
+    """Scores over the median score of their site, the measure of massiveness that needs no absolute scale."""
+    return scores / scores.median("channel")
+
+
+def leading(scores: xr.DataArray, ranks: Sequence[int] = (1, 2, 3)) -> xr.DataArray:
+    """The scores of given ranks (1 = highest) over the median, with ``rank`` in place of ``channel``."""
+    import xarray as xr
+
+    ordered = np.sort(ratio(scores).transpose(..., "channel").values, axis=-1)[..., ::-1]
+    dims = [d for d in scores.dims if d != "channel"]
+    kept = {n: c for n, c in scores.coords.items() if "channel" not in c.dims}
+    picked = ordered[..., [r - 1 for r in ranks]]
+    return xr.DataArray(picked, dims=(*dims, "rank"), coords={**kept, "rank": list(ranks)})
+
+
+def sun_criterion(values: xr.DataArray) -> xr.Dataset:
+    """The absolute criterion of Sun et al. (arXiv 2402.17762), for each (..., token, channel) array of hidden states.
+
+    Returns:
+        ``maximum`` and ``median`` of |x|, their ``ratio``, and ``massive``: how many entries exceed both 100 and 1,000 times
+        the median.
+    """
+    import xarray as xr
+
+    size = abs(values)
+    median, maximum = size.median(("token", "channel")), size.max(("token", "channel"))
+    massive = ((size > 100) & (size > 1000 * median)).sum(("token", "channel"))
+    return xr.Dataset({"maximum": maximum, "median": median, "ratio": maximum / median, "massive": massive})
+
+
+def variance_shares(values: xr.DataArray, factors: Sequence[str]) -> xr.DataArray:
+    """Shares of the variance due to each factor and each interaction of factors, in a full grid with one value a cell.
+
+    The sum of squares of a set of factors is that of its effect: its cell means less the effects of all its subsets. The
+    highest interaction cannot be told from noise.
+
+    Args:
+        values: array with the factors among its dimensions.
+        factors: names of the dimensions that are decomposed; the others stay.
+
+    Returns:
+        ``source`` (e.g. "step", "prompt", "prompt x step") by the other dimensions; sums to 1 over ``source``.
+    """
+    import xarray as xr
+
+    effects: dict[tuple[str, ...], xr.DataArray] = {(): values.mean(factors)}
+    sums = {}
+    for size in range(1, len(factors) + 1):
+        for group in combinations(factors, size):
+            effect = values.mean([f for f in factors if f not in group])
+            for smaller, known in list(effects.items()):
+                if set(smaller) < set(group):
+                    effect = effect - known
+            effects[group] = effect
+            cells = np.prod([values.sizes[f] for f in factors if f not in group])
+            sums[" x ".join(group)] = (effect**2).sum(group) * cells
+    stacked = xr.concat(list(sums.values()), dim="source").assign_coords(source=list(sums))
+    return stacked / stacked.sum("source")
+
+
+def overlap(channels: xr.DataArray, along: str, k: int) -> xr.DataArray:
+    """Jaccard overlap of the top ``k`` of each entry along a dimension with those of all other entries, on average.
+
+    Args:
+        channels: ids over (..., rank), highest first.
+        along: the dimension whose entries are compared pairwise; it stays, so that its mean is the mean over all pairs.
+        k: how many ranks count.
+
+    Raises:
+        ValueError: fewer than two entries.
+    """
+    ordered = channels.isel(rank=slice(k)).transpose(along, ..., "rank")
+    ids = torch.from_numpy(ordered.values.astype(np.int64))
+    if len(ids) < 2:
+        raise ValueError(f"'{along}' has {len(ids)} entry; an overlap needs at least two.")
+    rows = [torch.stack([jaccard(ids[i], ids[j]) for j in range(len(ids)) if j != i]).mean(0) for i in range(len(ids))]
+    return ordered.isel(rank=0, drop=True).astype(float).copy(data=torch.stack(rows).numpy())
+
+
+def random_overlap(k: int, channels: int) -> float:
+    """Expected Jaccard overlap of two random sets of ``k`` out of ``channels`` (hypergeometric)."""
+    from scipy.stats import hypergeom
+
+    shared = np.arange(k + 1)
+    return float((hypergeom(channels, k, k).pmf(shared) * shared / (2 * k - shared)).sum())
+
+
+def pick(values: xr.DataArray, ids: Mapping[int, Sequence[int]]) -> xr.DataArray:
+    """For each layer the channels named for it: (..., layer, channel) -> (..., layer, rank)."""
+    import xarray as xr
+
+    layers = [values.sel(layer=layer).isel(channel=list(chosen)) for layer, chosen in ids.items()]
+    stacked = xr.concat([part.rename(channel="rank") for part in layers], "layer")
+    return stacked.transpose(..., "layer", "rank")
+
+
+def percentile(values: xr.DataArray) -> xr.DataArray:
+    """Each channel's rank among all channels of its site, from 0 (lowest) to 1 (highest); ties share their mean rank."""
+    from scipy.stats import rankdata
+
+    ordered = values.transpose(..., "channel")
+    return ordered.copy(data=(rankdata(ordered.values, axis=-1) - 1) / (ordered.sizes["channel"] - 1))
+
+
+def energy_curve(energy: xr.DataArray) -> xr.DataArray:
+    """Share of the tokens' squared norm held by the 1, 2, ... channels of highest energy: (..., channels)."""
+    import xarray as xr
+
+    ordered = np.sort(energy.transpose(..., "channel").values, axis=-1)[..., ::-1].cumsum(-1)
+    dims = [d for d in energy.dims if d != "channel"]
+    kept = {n: c for n, c in energy.coords.items() if "channel" not in c.dims}
+    count = np.arange(1, ordered.shape[-1] + 1)
+    return xr.DataArray(ordered / ordered[..., -1:], dims=(*dims, "channels"), coords={**kept, "channels": count})
 
 
 def _fits(k: int, x: Tensor) -> int:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import scenes
 from .cache import Store, describe, key_of
 from .families import Family, family_of
 from .records import Run, Window, name_of
@@ -67,7 +68,7 @@ def load(
     source = data_folder() / BUNDLED if str(model) == BUNDLED else model
     try:
         with _quiet_loading():
-            pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=getattr(torch, dtype))
+            pipeline = DiffusionPipeline.from_pretrained(source, dtype=getattr(torch, dtype))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"'{model}' could not be opened: it is neither '{BUNDLED}' nor a diffusers folder, and the hub did not give it; "
@@ -205,6 +206,20 @@ class DiT:
             return sample_size
         return self.pipeline.transformer.config.sample_size * self.pipeline.vae_scale_factor
 
+    def prompts(self, count: int) -> list[str]:
+        """``count`` prompts that suit the model: scene captions for mini-flux, everyday ones (data/prompts) for others.
+
+        Raises:
+            ValueError: more prompts than there are.
+        """
+        known = set(getattr(getattr(self.pipeline, "tokenizer", None), "get_vocab", dict)())
+        if set(scenes.VOCABULARY) <= known and len(known) < 1000:  # only tokenizers of our own are so small
+            return scenes.captions(count)
+        found = (data_folder() / "prompts" / "everyday.txt").read_text().splitlines()
+        if count > len(found):
+            raise ValueError(f"{count} prompts were asked for; data/prompts/everyday.txt has {len(found)}.")
+        return found[:count]
+
     @property
     def fingerprint(self) -> str:
         """A hash of every weight and of the scheduler's settings; weights changed in place change it."""
@@ -224,7 +239,7 @@ class DiT:
         seeds: int | Sequence[int] = 0,
         *,
         steps: int = 20,
-        cfg: float = 3.0,
+        cfg: float | None = None,
         guidance: float | None = None,
         record: Sequence[Any] = (),
         edits: Sequence[Any] = (),
@@ -237,7 +252,8 @@ class DiT:
             seeds: ``s`` gives sample i the seed s + i; a list gives each its own. An image depends on its prompt, seed and
                 edits, not on its place in the batch.
             steps: denoising steps.
-            cfg: true classifier-free guidance scale; 1 means none, and then there is no "uncond" branch.
+            cfg: true classifier-free guidance scale; 1 means none, and then there is no "uncond" branch. None means 3, or 1
+                for a model with embedded guidance.
             guidance: the embedded guidance value of distilled models (FLUX.1-dev: 3.5); None for the pipeline's default.
             record: records such as ``ChannelStats()``; they read what the next block receives, that is after the edits.
             edits: edits such as ``Disrupt(TopK(8))``, applied in order.
@@ -254,6 +270,8 @@ class DiT:
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds were given; give one seed, or one a prompt.")
         if steps < 1:
             raise ValueError(f"steps is {steps}; it must be at least 1.")
+        if cfg is None:
+            cfg = 1.0 if self._takes_guidance() else 3.0
         record, edits = _as_windows(record, "record"), _as_windows(edits, "edits")
         if guidance is not None and not self._takes_guidance():
             raise ValueError(f"{self.name} has no embedded guidance; leave guidance=None and set cfg instead.")

@@ -99,6 +99,10 @@ class Tap(AbstractContextManager):
     def __exit__(self, *error: object) -> None:
         self._undo.close()
 
+    def begin(self, step: int) -> None:
+        """Start a denoising step; the scheduler's ``step`` does this by itself."""
+        self.step, self._calls = step, 0
+
     def _replace(self, undo: ExitStack, owner: Any, name: str, wrap: Callable) -> None:
         """Shadow a method on the instance; the shadow is removed, or an earlier one put back, on exit."""
         before = vars(owner).get(name)
@@ -116,7 +120,7 @@ class Tap(AbstractContextManager):
     def _scheduler_step(self, original: Callable) -> Callable:
         def step(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
-            self.step, self._calls = self.step + 1, 0
+            self.begin(self.step + 1)
             return result
 
         return step

@@ -209,6 +209,16 @@ def render(scene: Scene) -> Rendering:
     return Rendering(np.clip(image, 0, 1).astype(np.float32), labels)
 
 
+def captions(count: int, seed: int = 0, subjects: int | None = 1, unseen: bool = False) -> list[str]:
+    """``count`` different canonical captions, fixed by ``seed``; a longer list begins with the shorter one."""
+    found: dict[str, None] = {}
+    index = 0
+    while len(found) < count:
+        found.setdefault(sample_scene(1_500_000_000 + seed * 1_000_003 + index, subjects, unseen).caption)
+        index += 1
+    return list(found)
+
+
 def with_seed(scene: Scene, seed: int) -> Scene:
     """The same attributes in another rendering."""
     return replace(scene, seed=seed)

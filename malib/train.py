@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import multiprocessing
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -25,12 +26,14 @@ from tqdm.auto import tqdm
 from . import scenes
 
 if TYPE_CHECKING:
+    import xarray as xr
     from diffusers import AutoencoderKL, FluxPipeline
     from transformers import PreTrainedTokenizerFast
 
 TEXT_LENGTH = 32
 _TRAINED = ("transformer", "text_encoder", "text_encoder_2")
 _HELD_OUT_SEED = 2_000_000_000
+PROBE_SIGMAS = (0.8, 0.5, 0.2)
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,142 @@ def train(preset: Preset, seed: int, out: Path, device: str = "cpu", compiled: b
     _train_flow(pipeline, latents, preset, seed, out, device, compiled)
     pipeline.transformer.to(torch.bfloat16)  # halves the download; the text encoders stay fp32 so that plain loading works
     pipeline.save_pretrained(out / "pipeline")
+    pipeline.transformer.float()
+    save_probe(probe(pipeline, out / "snapshots"), out / "probe.safetensors")
+    (out / "pipeline" / "README.md").write_text(_card(pipeline, preset, seed, out))
     return out / "pipeline"
+
+
+def install(out: Path, data: Path) -> None:
+    """Copy a finished training into a data folder: ``<name>-flux/``, ``probes/<name>-<seed>.safetensors`` and its log.
+
+    Raises:
+        FileNotFoundError: the training has not been finished.
+    """
+    if not (out / "probe.safetensors").exists():
+        raise FileNotFoundError(f"{out} holds no finished training; run python -m malib.train --out {out} to its end first.")
+    about = json.loads((out / "preset.json").read_text())
+    name = f"{about['name']}-{about['seed']}"
+    shutil.copytree(out / "pipeline", data / f"{about['name']}-flux", dirs_exist_ok=True)
+    (data / "probes").mkdir(exist_ok=True)
+    shutil.copy(out / "probe.safetensors", data / "probes" / f"{name}.safetensors")
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    log = {**about, "vae": json.loads((out / "vae_log.json").read_text()), "flow": rows}
+    (data / "probes" / f"{name}.json").write_text(json.dumps(log, indent=1) + "\n")
+
+
+@torch.no_grad()
+def _card(pipeline: FluxPipeline, preset: Preset, seed: int, out: Path) -> str:
+    """The model card, every number of it measured."""
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    shown = [rows[i] for i in sorted({round(j * (len(rows) - 1) / 9) for j in range(10)})]
+    chosen = [scenes.render(scenes.sample_scene(_HELD_OUT_SEED + i, unseen=True)).image for i in range(64)]
+    images = torch.from_numpy(np.stack(chosen)).permute(0, 3, 1, 2).to(pipeline.vae.device) * 2 - 1
+    restored = pipeline.vae.decode(pipeline.vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)
+    psnr = -10 * ((restored - images) / 2).square().mean((1, 2, 3)).log10()
+    count = sum(p.numel() for p in pipeline.transformer.parameters()) / 1e6
+    lines = [f"| {r['step']} | {r['loss']:.4f} | {r['held_out']:.4f} | {r['seconds'] / 60:.0f} |" for r in shown]
+    table = "\n".join(lines)
+    blocks = f"{preset.double_blocks} double + {preset.single_blocks} single blocks, width {preset.heads * 64}"
+    command = f"python -m malib.train --preset {preset.name} --seed {seed} --steps {preset.steps}"
+    return f"""---
+library_name: diffusers
+pipeline_tag: text-to-image
+license: mit
+---
+# {preset.name}-flux
+
+A genuine, small `FluxPipeline` for studying massive activations, trained from scratch on procedural scenes
+(`malib/scenes.py`) by `{command}`.
+No weights come from elsewhere. Nothing in the initialisation (adaLN-zero) or the loss plants massive channels. Shipped is
+the exponential mean of the weights at the end; no checkpoint was chosen.
+
+| | |
+|---|---|
+| transformer | {blocks}, {count:.1f} M parameters |
+| tokens | 16 x 16 image tokens, {TEXT_LENGTH} text tokens |
+| pictures | {scenes.SIZE} x {scenes.SIZE} pixels (pass `height` and `width`: the pipeline's default of 256 is too large) |
+| call | `max_sequence_length={TEXT_LENGTH}`, `negative_prompt=""`, `true_cfg_scale=3`, 20 steps |
+| training | {preset.steps} steps of {preset.batch} scenes out of {preset.scenes:,}, seed {seed}, AdamW, bf16 autocast |
+| schedule | learning rate {preset.learning_rate:g}, warm-up {preset.warmup}, decay over the last {preset.decay_share:.0%} |
+| autoencoder | {psnr.mean():.1f} dB PSNR on 64 scenes of held-out combinations (worst {psnr.min():.1f} dB) |
+| words it knows | {", ".join(scenes.VOCABULARY)} |
+
+## Loss (rectified flow, mean squared error of the velocity)
+
+"held out" is one fixed batch of 32 scenes of attribute combinations that never occur in training, with the raw weights.
+Minutes include pauses of the machine.
+
+| step | training | held out | minutes |
+|---|---|---|---|
+{table}
+"""
+
+
+@torch.no_grad()
+def probe(pipeline: FluxPipeline, snapshots: Path, samples: int = 16) -> xr.Dataset:
+    """Channel scores of a fixed batch at every snapshot of a training: the birth of massive activations.
+
+    Args:
+        pipeline: a pipeline of the snapshots' architecture; it comes back with the weights it had.
+        snapshots: folder of ``<step>.safetensors``.
+        samples: scenes in the batch, never trained on, the same for every training; cond branch.
+
+    Returns:
+        ``score`` (train_step, sigma, layer, channel), averaged over the samples, and ``block`` by layer.
+    """
+    import xarray as xr
+
+    from .families import family_of
+    from .hooks import Tap, blocks_of
+    from .records import ChannelStats, Run
+
+    device = str(pipeline.transformer.device)
+    clean, captions, _, noise = _held_out_batch(pipeline.vae, device, samples)
+    text_ids, image_ids = position_ids(device)
+    family = family_of(pipeline.transformer)
+    blocks = tuple(blocks_of(pipeline.transformer, family))
+    before, found = {k: v.clone() for k, v in _weights(pipeline).items()}, {}
+    for path in sorted(snapshots.glob("*.safetensors")):
+        _load_weights(pipeline, load_file(path, device=device))
+        states, pooled = encode_text(pipeline, captions)
+        listener = ChannelStats(keep=("step", "layer"), top=0).start(Run(samples, len(PROBE_SIGMAS), blocks))
+        with Tap(pipeline, family, samples, [listener]) as tap:
+            for step, sigma in enumerate(PROBE_SIGMAS):
+                tap.begin(step)
+                pipeline.transformer(
+                    hidden_states=pack(torch.lerp(clean, noise, sigma)),
+                    encoder_hidden_states=states,
+                    pooled_projections=pooled,
+                    timestep=torch.full((samples,), sigma, device=device),
+                    img_ids=image_ids,
+                    txt_ids=text_ids,
+                )
+        listener.flush()
+        found[int(path.stem)] = listener.dataset().score.rename(step="sigma").assign_coords(sigma=list(PROBE_SIGMAS))
+    _load_weights(pipeline, before)
+    score = xr.concat(list(found.values()), dim="train_step").assign_coords(train_step=list(found))
+    return xr.Dataset({"score": score.assign_coords(block=("layer", [b.name for b in blocks]))})
+
+
+def save_probe(data: xr.Dataset, path: Path) -> None:
+    """Write a probe as one small safetensors file: fp16 scores, the axes as JSON in its header."""
+    axes = {name: data[name].values.tolist() for name in ("train_step", "sigma", "layer", "block")}
+    score = torch.from_numpy(data.score.transpose("train_step", "sigma", "layer", "channel").values).half().contiguous()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"score": score}, path, metadata={"axes": json.dumps(axes)})
+
+
+def load_probe(path: str | Path) -> xr.Dataset:
+    """Read what ``save_probe`` wrote."""
+    import xarray as xr
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        axes, score = json.loads(file.metadata()["axes"]), file.get_tensor("score").float().numpy()
+    dims = ("train_step", "sigma", "layer", "channel")
+    coords = {d: axes[d] for d in dims[:3]} | {"block": ("layer", axes["block"])}
+    return xr.Dataset({"score": (dims, score)}, coords=coords)
 
 
 def probe_steps(total: int, points: int = 40) -> list[int]:
@@ -341,7 +479,7 @@ def _train_flow(
             checkpoint.with_suffix(".tmp").replace(checkpoint)
             row = {
                 "step": step,
-                "loss": float(torch.stack(losses).mean()) if losses else None,
+                "loss": float(torch.stack(losses).mean()),
                 "held_out": _held_out_loss(pipeline, held_out),
                 "seconds": round(time.monotonic() - began, 1),
             }
@@ -427,12 +565,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="replace the preset's number of steps")
     parser.add_argument("--batch", type=int, help="replace the preset's batch size")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--install", type=Path, metavar="DATA", help="when done, copy model, probe and log into this folder")
     parser.add_argument("--eager", action="store_true", help="do without torch.compile")
     args = parser.parse_args(argv)
     changes = {k: v for k in ("steps", "batch") if (v := getattr(args, k)) is not None}
     preset = replace(PRESETS[args.preset], **changes)
     out = args.out or Path.home() / ".cache" / "malib" / "train" / f"{preset.name}-{args.seed}"
     print(train(preset, args.seed, out, args.device, not args.eager))
+    if args.install:
+        install(out, args.install)
 
 
 if __name__ == "__main__":

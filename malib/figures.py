@@ -1,0 +1,279 @@
+"""The figure registry and its runner: ``python -m malib.figures`` runs the notebooks and fills ``figures/``.
+
+One notebook, one kernel process. A figure is its numbers: every png and pdf has a json with what it shows and where that
+came from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from matplotlib.figure import Figure
+
+    from .dit import DiT
+
+TIERS = {"preview": "preview", "full": "paper"}
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """A notebook, the figures it draws, and its parameters by tier."""
+
+    name: str
+    figures: tuple[str, ...]
+    tiers: dict[str, dict[str, Any]]
+
+    def files(self, figure: str) -> list[str]:
+        """File names of a figure: png, pdf and json."""
+        return [f"{self.name[:2]}_{figure}.{kind}" for kind in ("png", "pdf", "json")]
+
+
+NOTEBOOKS = (
+    Notebook(
+        "01_discovery",
+        ("channels", "layers", "token_maps", "tokens", "sigma", "origin", "gates", "norm_share", "streams", "birth"),
+        {"preview": {"prompts": 12, "seeds": 3}, "full": {"prompts": 64, "seeds": 4}},
+    ),
+)
+
+
+class RunError(Exception):
+    """Something asked for does not exist; the message is one sentence."""
+
+
+def notebook_folder() -> Path:
+    """Where the notebooks lie: inside an installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "notebooks"
+    return inside if inside.exists() else Path(__file__).parent.parent / "notebooks"
+
+
+def save(figure: Figure, data: xr.Dataset, name: str, folder: str | Path, dit: DiT, **parameters: Any) -> Figure:
+    """Write ``<name>.png``, ``.pdf`` and ``.json`` and give the figure back.
+
+    Args:
+        figure: a matplotlib figure.
+        data: the numbers it shows; ``data.attrs["n"]`` says of how many samples.
+        name: e.g. "01_channels".
+        folder: where to; "" writes nothing, which is how a notebook behaves when a person runs it.
+        dit: the model, for fingerprint, device and dtype.
+        parameters: the notebook's parameters (seeds among them).
+    """
+    if not folder:
+        return figure
+    from .dit import versions
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
+    figure.savefig(folder / f"{name}.pdf", bbox_inches="tight", metadata={"CreationDate": None})
+    document = {
+        "figure": name,
+        "n": data.attrs.get("n"),
+        "parameters": parameters,
+        "model": dit.name,
+        "weights": dit.fingerprint,
+        "device": dit.device,
+        "dtype": dit.dtype,
+        "versions": versions(),
+        "numbers": _rounded(data.to_dict()),
+    }
+    (folder / f"{name}.json").write_text(json.dumps(document) + "\n")
+    return figure
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers to five significant digits; NaN as null, for JSON has none."""
+    if isinstance(value, dict):
+        return {str(k): _rounded(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(v) for v in value]
+    if isinstance(value, float):
+        return None if value != value else float(f"{value:.5g}")
+    return value
+
+
+def select(only: list[str] | None) -> list[Notebook]:
+    """The notebooks that draw what ``only`` names: notebooks ("01_discovery", "01") or figures ("channels", "01_channels").
+
+    Raises:
+        RunError: a name that is neither.
+    """
+    if not only:
+        return list(NOTEBOOKS)
+    chosen = []
+    for name in only:
+        found = [n for n in NOTEBOOKS if name in (n.name, n.name[:2], *n.figures, *(f"{n.name[:2]}_{f}" for f in n.figures))]
+        if not found:
+            known = ", ".join(f"{n.name} ({', '.join(n.figures)})" for n in NOTEBOOKS)
+            raise RunError(f"'{name}' is neither a notebook nor a figure; known are {known}.")
+        chosen += found
+    return list(dict.fromkeys(chosen))
+
+
+def parameters_for(notebook: Notebook, tier: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The notebook's parameters for a tier, with those given on the command line.
+
+    Raises:
+        RunError: a parameter that the notebook does not have (papermill itself would only log it).
+    """
+    import papermill
+
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    known = papermill.inspect_notebook(str(notebook_folder() / f"{notebook.name}.ipynb"))
+    wanted = {**notebook.tiers[tier], **given}
+    for name in wanted:
+        if name not in known:
+            raise RunError(f"'{name}' is not a parameter of {notebook.name}; it has {', '.join(known)}.")
+    return wanted
+
+
+def check_model(model: str) -> None:
+    """Refuse a model that is neither bundled, nor a folder, nor of the form of a hub id.
+
+    Raises:
+        RunError: with the mend.
+    """
+    from .dit import BUNDLED
+
+    path = Path(model)
+    if model == BUNDLED or (path / "model_index.json").is_file():
+        return
+    if path.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise RunError(
+            f"'{model}' is no model: give '{BUNDLED}', a folder with a model_index.json, or a hub id like owner/name."
+        )
+
+
+def run(notebook: Notebook, parameters: dict[str, Any], folder: Path, force: bool = False) -> dict[str, Any]:
+    """Run one notebook through papermill.
+
+    Returns:
+        A row for the summary: notebook, status ("drawn", "unchanged" or "failed"), seconds, error.
+    """
+    import papermill
+
+    began = time.monotonic()
+    source = notebook_folder() / f"{notebook.name}.ipynb"
+    stamp_path = folder / "executed" / f"{notebook.name}.stamp"
+    stamp = _stamp(source, parameters)
+    outputs = [folder / name for figure in notebook.figures for name in notebook.files(figure)]
+    row = {"notebook": notebook, "status": "unchanged", "seconds": 0.0, "error": ""}
+    if not force and stamp_path.exists() and stamp_path.read_text() == stamp and all(p.exists() for p in outputs):
+        return row
+    stamp_path.parent.mkdir(parents=True, exist_ok=True)
+    stamp_path.unlink(missing_ok=True)
+    try:
+        papermill.execute_notebook(
+            str(source),
+            str(folder / "executed" / f"{notebook.name}.ipynb"),
+            {**parameters, "out": str(folder.resolve()), "interactive": False},
+            cwd=str(source.parent),
+            kernel_name="python3",
+            progress_bar=sys.stderr.isatty() or {"mininterval": 10},
+        )
+        missing = [p.name for p in outputs if not p.exists()]
+        if missing:
+            raise RuntimeError(f"{notebook.name} ended without drawing {', '.join(missing)}.")
+        stamp_path.write_text(stamp)
+        row["status"] = "drawn"
+    except papermill.PapermillExecutionError as error:
+        row |= {"status": "failed", "error": f"{notebook.name}, cell {error.cell_index}: {error.ename}: {error.evalue}"}
+    except Exception as error:
+        row |= {"status": "failed", "error": f"{notebook.name}: {type(error).__name__}: {error}"}
+    return row | {"seconds": time.monotonic() - began}
+
+
+def _stamp(notebook: Path, parameters: dict[str, Any]) -> str:
+    """A hash of all that a notebook's figures depend on: its source, the library, the data, the parameters."""
+    from .dit import data_folder
+
+    digest = hashlib.sha256(json.dumps(parameters, sort_keys=True, default=str).encode())
+    files = [notebook, *sorted(Path(__file__).parent.glob("*.py"))]
+    files += sorted(p for p in data_folder().rglob("*") if p.is_file())
+    model = Path(str(parameters.get("model", "")))
+    files += sorted(p for p in model.rglob("*") if p.is_file()) if model.is_dir() else []
+    for path in files:
+        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def summary(rows: list[dict[str, Any]], folder: Path) -> str:
+    """The closing table: figure, n, seconds of its notebook, status."""
+    green, red, plain = ("\033[32m", "\033[31m", "\033[0m") if sys.stdout.isatty() else ("", "", "")
+    lines = [f"{'figure':<24} {'n':>7} {'seconds':>8}  status"]
+    for row in rows:
+        notebook = row["notebook"]
+        for figure in notebook.figures:
+            path = folder / notebook.files(figure)[-1]
+            drawn = row["status"] != "failed" and path.exists()
+            n = json.loads(path.read_text())["n"] if drawn else None
+            colour = red if row["status"] == "failed" else green
+            name = f"{notebook.name[:2]}_{figure}"
+            count = "-" if n is None else n
+            lines.append(f"{name:<24} {count:>7} {row['seconds']:>8.1f}  {colour}{row['status']}{plain}")
+    lines += [row["error"] for row in rows if row["error"]]
+    return "\n".join([*lines, f"Figures are in {folder}"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; 0 when all is drawn, 1 when a notebook failed, 2 when something asked for does not exist."""
+    parser = argparse.ArgumentParser(prog="python -m malib.figures", description="Run the notebooks, fill figures/.")
+    parser.add_argument("--tier", choices=TIERS, default="preview", help="preview: minutes; full: the paper's figures")
+    parser.add_argument("--list", action="store_true", help="list the figures and stop")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="figures or notebooks")
+    parser.add_argument("--model", help="mini-flux (default), a folder, or a hub id")
+    parser.add_argument("--device", help="cpu, cuda, mps (default: a GPU when there is one)")
+    parser.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="a notebook parameter")
+    parser.add_argument("--out", type=Path, help="where to write (default: figures/preview or figures/paper)")
+    parser.add_argument("--force", action="store_true", help="run unchanged notebooks too (the cache stays warm)")
+    args = parser.parse_args(argv)
+    if args.list:
+        for notebook in NOTEBOOKS:
+            for figure in notebook.figures:
+                print(f"{notebook.name[:2]}_{figure:<20} {notebook.name}  {notebook.tiers[args.tier]}")
+        return 0
+    folder = args.out or Path("figures") / TIERS[args.tier]
+    try:
+        given = _given(args)
+        jobs = [(n, parameters_for(n, args.tier, given)) for n in select(args.only)]
+    except RunError as error:
+        print(error, file=sys.stderr)
+        return 2
+    rows = []
+    for index, (notebook, parameters) in enumerate(jobs, 1):
+        print(f"[{index}/{len(jobs)}] {notebook.name} {parameters}", file=sys.stderr)
+        rows.append(run(notebook, parameters, folder, args.force))
+    print(summary(rows, folder))
+    return int(any(row["status"] == "failed" for row in rows))
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    import yaml
+
+    given: dict[str, Any] = {}
+    for item in args.parameter:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise RunError(f"'{item}' is no parameter; write it as NAME=VALUE.")
+        given[name] = yaml.safe_load(value)
+    if args.model:
+        check_model(args.model)
+        folder = Path(args.model)
+        given["model"] = str(folder.resolve()) if folder.is_dir() else args.model
+    if args.device:
+        given["device"] = args.device
+    return given
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,385 @@
+"""Figures from datasets: static ones (seaborn) for saving, interactive ones (plotly) for exploring. No model in here.
+
+Each static function takes the dataset with exactly the numbers it draws and returns a matplotlib figure; ``attrs["n"]`` and
+``attrs["note"]`` go into the footer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+    import xarray as xr
+
+PALETTE = sns.color_palette("colorblind")
+_STYLE = {
+    **sns.axes_style("ticks"),
+    **sns.plotting_context("notebook", font_scale=0.85),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.dpi": 100,
+    "pdf.fonttype": 42,
+}
+
+
+def _canvas(rows: int, columns: int, size: tuple[float, float], **kwargs: Any) -> tuple[Figure, Any]:
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", **kwargs)
+    plt.close(figure)  # shown by being returned, not twice
+    return figure, axes
+
+
+def _finish(figure: Figure, title: str, data: xr.Dataset) -> Figure:
+    figure.suptitle(title, fontsize=11.5, fontweight="semibold", x=0.01, ha="left")
+    words = [f"n = {data.attrs['n']}"] if "n" in data.attrs else []
+    figure.supxlabel(
+        ", ".join([*words, *filter(None, [data.attrs.get("note")])]), fontsize=8, color="0.35", x=0.01, ha="left"
+    )
+    return figure
+
+
+def _blocks(axis: Any, data: xr.Dataset | xr.DataArray, vertical: bool = False) -> None:
+    names = [str(b) for b in data.block.values]
+    every = max(1, len(names) // 20)
+    ticks, labels = range(0, len(names), every), names[::every]
+    if vertical:
+        axis.set_yticks(ticks, labels)
+    else:
+        axis.set_xticks(ticks, labels, rotation=35, ha="right")
+
+
+def _log(axis: Any, *names: str) -> None:
+    """Logarithmic axes with plain numbers at 1, 2 and 5."""
+    for name in names:
+        axis.set(**{f"{name}scale": "log"})
+        side = getattr(axis, f"{name}axis")
+        side.set_major_locator(LogLocator(10, (1.0,)))
+        side.set_minor_locator(LogLocator(10, (2.0, 5.0)))
+        side.set_major_formatter("{x:g}")
+        low, high = getattr(axis, f"get_{name}lim")()
+        side.set_minor_formatter("{x:g}" if high / max(low, 1e-9) < 50 else "")
+
+
+def _band(axis: Any, data: xr.Dataset, **kwargs: Any) -> None:
+    """A line of means over blocks with its 95 % interval."""
+    line = axis.plot(range(len(data["mean"])), data["mean"], marker="o", ms=3.5, **kwargs)[0]
+    axis.fill_between(range(len(data["mean"])), data.low, data.high, color=line.get_color(), alpha=0.2, lw=0)
+
+
+def channels(data: xr.Dataset) -> Figure:
+    """``ratio`` (layer, channel): score over the median. Left every channel, right the sorted spectrum of each block."""
+    figure, (left, right) = _canvas(1, 2, (10.5, 4.0), width_ratios=(1.7, 1))
+    values = np.maximum(data.ratio.values, 1e-2)
+    picture = left.imshow(values, aspect="auto", interpolation="nearest", cmap="mako", norm=LogNorm(0.1, values.max()))
+    figure.colorbar(picture, ax=left, label="score / median score", pad=0.01)
+    left.set(xlabel="channel", ylabel="block")
+    _blocks(left, data, vertical=True)
+    colours = sns.color_palette("flare", len(values))
+    for row, name, colour in zip(values, data.block.values, colours, strict=True):
+        right.plot(np.arange(1, len(row) + 1), np.sort(row)[::-1], color=colour, label=str(name), lw=1.4)
+    right.set(xlabel="rank of the channel", ylabel="score / median score")
+    _log(right, "x", "y")
+    right.axhline(1, color="0.6", lw=0.8)
+    if len(values) <= 12:
+        right.legend(frameon=False, fontsize=7.5)
+    lead = data.ratio.mean("layer").argsort().values[::-1][:2]
+    wins = int((data.ratio.argmax("channel") == lead[0]).sum())
+    title = (
+        f"A few channels tower over the rest: channel {lead[0]} leads in {wins} of {len(values)} blocks, "
+        f"up to {values.max():.0f} x the median"
+    )
+    return _finish(figure, title, data)
+
+
+def layers(data: xr.Dataset) -> Figure:
+    """Largest scores over the median by block, and the absolute criterion of Sun et al. beside them.
+
+    ``mean``, ``low``, ``high`` (kind, rank, layer); ``sun_ratio``, ``sun_maximum``, ``sun_massive`` (dump), where ``dump``
+    holds the layers of which the hidden states were kept in full.
+    """
+    figure, axes = _canvas(1, 3, (12.5, 3.9))
+    names = {"score": "|mean over tokens|", "magnitude": "mean over tokens of |x|"}
+    ranks = [int(r) for r in data["rank"]]
+    for axis, kind in zip(axes, names, strict=False):
+        for rank, colour in zip(ranks, sns.color_palette("flare_r", len(ranks)), strict=True):
+            _band(axis, data.sel(kind=kind, rank=rank), color=colour, label=f"rank {rank}")
+        axis.axhline(1, color="0.6", lw=0.8)
+        axis.set(ylabel="score / median score", title=f"score: {names[kind]}")
+        _blocks(axis, data)
+        axis.legend(frameon=False, fontsize=8)
+    axes[1].sharey(axes[0])
+    _log(axes[0], "y")
+    last, places = axes[2], data["dump"]
+    last.plot(places, data.sun_ratio, marker="o", ms=3.5, color=PALETTE[0], label="largest |x| / median |x|")
+    last.plot(places, data.sun_maximum, marker="s", ms=3.5, color=PALETTE[2], label="largest |x|")
+    last.axhline(1000, color=PALETTE[0], ls="--", lw=1, label="threshold on the ratio: 1,000")
+    last.axhline(100, color=PALETTE[2], ls="--", lw=1, label="threshold on |x|: 100")
+    last.set(title="Sun et al.: single activations", ylabel="|x|, and its ratio to the median")
+    _log(last, "y")
+    last.set_xlim(axes[0].get_xlim())
+    last.set_ylim(None, 9000)
+    last.legend(frameon=False, fontsize=7.5, ncols=2, loc="upper left")
+    _blocks(last, data)
+    score = data["mean"].sel(kind="score")
+    top, other = float(score.sel(rank=ranks[0]).max()), float(score.sel(rank=ranks[-1]).max())
+    met = "meets" if int(data.sun_massive.max()) else "does not meet"
+    title = (
+        f"The highest score reaches {top:.0f} x the median, that of rank {ranks[-1]} only {other:.0f} x; "
+        f"the model {met} the absolute criterion"
+    )
+    return _finish(figure, title, data)
+
+
+def token_maps(data: xr.Dataset) -> Figure:
+    """``value`` (step, rank, row, column) of the top channels over the image grid, and ``image`` (y, x, rgb)."""
+    steps, ranks = data.sizes["step"], data.sizes["rank"]
+    figure, axes = _canvas(steps, ranks + 1, (1.75 * (ranks + 1), 1.9 * steps + 0.5), squeeze=False)
+    for row in range(steps):
+        axes[row, 0].axis("off")
+        for column in range(ranks):
+            axis = axes[row, column + 1]
+            values = data.value.isel(step=row, rank=column).values
+            span = np.abs(values - np.median(values)).max()
+            middle = np.median(values)
+            axis.imshow(values, cmap="vlag", vmin=middle - span, vmax=middle + span, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.set_title(f"ch {int(data.channel_id.isel(step=row, rank=column))}: {middle:+.1f} ± {span:.1f}", fontsize=8)
+        axes[row, 1].set_ylabel(f"sigma {float(data.sigma[row]):.2f}", fontsize=9)
+    axes[0, 0].imshow(data.image.values.astype(np.uint8), interpolation="nearest")
+    axes[0, 0].set_title("the image", fontsize=9)
+    title = f"What the top channels look like over the image, at the output of {data.attrs['block']}"
+    return _finish(figure, title, data)
+
+
+def tokens(data: xr.Dataset) -> Figure:
+    """``magnitude`` (token, channel) of one sample; ``constancy`` and ``ratio`` (channel): all tokens, or a few?"""
+    figure, (left, right) = _canvas(1, 2, (11.0, 4.0), width_ratios=(1.5, 1))
+    values = np.maximum(data.magnitude.values, 1e-3)
+    picture = left.imshow(values, aspect="auto", cmap="mako", norm=LogNorm(values.max() / 1e3, values.max()))
+    figure.colorbar(picture, ax=left, label="|x|", pad=0.01)
+    left.set(xlabel="channel", ylabel="image token", title=f"one sample, output of {data.attrs['block']}")
+    size, top = data.ratio.values, np.argsort(data.ratio.values)[::-1][: data.attrs["k"]]
+    right.scatter(size, data.constancy.values, s=9, color="0.6", lw=0, label="channel")
+    right.scatter(size[top], data.constancy.values[top], s=22, color=PALETTE[3], lw=0, label=f"top {data.attrs['k']}")
+    for channel in top[:5]:
+        right.annotate(
+            str(channel),
+            (size[channel], data.constancy.values[channel]),
+            fontsize=7.5,
+            xytext=(3, -9),
+            textcoords="offset points",
+        )
+    right.set(
+        ylim=(0, 1.03),
+        xlabel="score / median score",
+        ylabel="|mean| / root mean square over tokens",
+        title="1 = the same value in every token",
+    )
+    _log(right, "x")
+    right.legend(frameon=False, fontsize=8, loc="lower right")
+    share = float(data.share)
+    title = f"The leading channel exceeds 10 x its token's median |x| in {share:.0%} of the image tokens"
+    return _finish(figure, title, data)
+
+
+def sigma(data: xr.Dataset) -> Figure:
+    """``top`` and ``median`` (step, layer): mean score of the massive channels and of the median one, over the denoising."""
+    figure, axes = _canvas(1, 3, (12.5, 3.8))
+    colours = sns.color_palette("flare", data.sizes["layer"])
+    panels = (
+        (data.top, "score", "massive channels"),
+        (data["median"], "score", "median channel"),
+        (data.top / data["median"], "ratio", "massive / median"),
+    )
+    for axis, (values, label, name) in zip(axes, panels, strict=True):
+        for index, colour in enumerate(colours):
+            axis.plot(data.sigma, values.isel(layer=index), color=colour, lw=1.5, label=str(data.block.values[index]))
+        axis.set(xlabel="sigma (1 = noise, 0 = image)", ylabel=label, title=name, ylim=(0, None))
+        axis.invert_xaxis()
+    if len(colours) <= 12:
+        axes[0].legend(frameon=False, fontsize=7.5)
+    change = float((data.top.isel(step=-1) / data.top.isel(step=0)).mean())
+    against = float((data.top / data["median"]).isel(step=-1).mean() / (data.top / data["median"]).isel(step=0).mean())
+    title = (
+        f"From noise to image the massive channels {'grow' if change > 1 else 'shrink'} ({change:.2f} x), "
+        f"their lead over the median {'grows' if against > 1 else 'shrinks'} ({against:.2f} x)"
+    )
+    return _finish(figure, title, data)
+
+
+def origin(data: xr.Dataset) -> Figure:
+    """``share`` (group, source) of the variance of the scores; ``jaccard`` (pair) with ``low`` and ``high``."""
+    figure, (left, right) = _canvas(1, 2, (11.5, 4.2), width_ratios=(1.25, 1))
+    sources = [str(s) for s in data.source.values]
+    colours = {s: PALETTE[i % len(PALETTE)] for i, s in enumerate(sources)}
+    start = np.zeros(data.sizes["group"])
+    for source in sources:
+        share = data.share.sel(source=source).values
+        left.barh(range(len(start)), share, left=start, color=colours[source], label=source, height=0.62)
+        for row, (x, width) in enumerate(zip(start, share, strict=True)):
+            if width > 0.05:
+                left.text(x + width / 2, row, f"{width:.0%}", ha="center", va="center", fontsize=8, color="white")
+        start = start + share
+    left.set_yticks(range(data.sizes["group"]), [str(g) for g in data.group.values])
+    left.set(xlim=(0, 1), xlabel="share of the variance of the score", title="what sets the magnitude")
+    left.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    places = range(data.sizes["pair"])
+    error = [data.jaccard - data.low, data.high - data.jaccard]
+    right.bar(places, data.jaccard, yerr=np.abs(error), color=PALETTE[0], width=0.62, capsize=3)
+    right.axhline(data.attrs["random"], color="0.4", ls="--", lw=1, label="two random sets")
+    right.set_xticks(places, [str(p) for p in data.pair.values])
+    right.set(
+        ylim=(0, 1.02), ylabel=f"Jaccard overlap of the top {data.attrs['k']}", title="who is massive, when only ... differs"
+    )
+    right.legend(frameon=False, fontsize=8)
+    massive = data.share.isel(group=0)
+    step = float(massive.sel(source="step"))
+    prompt = float(massive.sel(source=[s for s in sources if "prompt" in s and "seed" not in s]).sum())
+    title = f"The denoising step explains {step:.0%} of the massive channels' magnitude, the prompt {prompt:.0%}"
+    return _finish(figure, title, data)
+
+
+def gates(data: xr.Dataset) -> Figure:
+    """``gate`` and ``score`` (site, channel): AdaLN gate against channel score at each gate of the model."""
+    count = data.sizes["site"]
+    columns = min(count, 6)
+    rows = -(-count // columns)
+    figure, axes = _canvas(rows, columns, (2.35 * columns, 2.6 * rows + 0.6), squeeze=False)
+    for axis in axes.flat[count:]:
+        axis.axis("off")
+    for index, axis in zip(range(count), axes.flat, strict=False):
+        size, gate = data.score.isel(site=index).values, data.gate.isel(site=index).values
+        top = np.argsort(size)[::-1][: data.attrs["k"]]
+        axis.scatter(size, gate, s=6, color="0.65", lw=0)
+        axis.scatter(size[top], gate[top], s=18, color=PALETTE[3], lw=0)
+        _log(axis, "x")
+        axis.set_title(f"{data.site.values[index]}\npercentile {float(data.percentile[index]):.0%}", fontsize=8.5)
+    for axis in axes[-1]:
+        axis.set_xlabel("score of the channel")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("|AdaLN gate|")
+    middle = float(data.percentile.mean())
+    low = float(data.bottom.mean())
+    title = (
+        f"The top {data.attrs['k']} channels (red) stand at percentile {middle:.0%} of |gate|, the bottom ones at {low:.0%}"
+    )
+    return _finish(figure, title, data)
+
+
+def norm_share(data: xr.Dataset) -> Figure:
+    """``share`` (layer, channels): how much of the tokens' squared norm the strongest channels hold."""
+    figure, axis = _canvas(1, 1, (6.2, 4.0))
+    for index, colour in enumerate(sns.color_palette("flare", data.sizes["layer"])):
+        label = str(data.block.values[index]) if data.sizes["layer"] <= 12 else None
+        axis.plot(data.channels, data.share.isel(layer=index), color=colour, lw=1.6, label=label)
+    axis.plot(data.channels, data.channels / data.channels.max(), color="0.5", ls="--", lw=1, label="all channels alike")
+    axis.set(ylim=(0, 1.02), xlabel="number of channels, strongest first", ylabel="share of the squared norm")
+    _log(axis, "x")
+    axis.legend(frameon=False, fontsize=8)
+    k = data.attrs["k"]
+    held = data.share.sel(channels=k)
+    low, high, width = float(held.min()), float(held.max()), data.sizes["channels"]
+    title = f"{k} of {width} channels hold {low:.0%} to {high:.0%} of a token's squared norm"
+    return _finish(figure, title, data)
+
+
+def streams(data: xr.Dataset) -> Figure:
+    """``image`` and ``text`` (layer): largest score over the median; ``jaccard`` (layer) of the two top sets."""
+    figure, (left, right) = _canvas(1, 2, (9.5, 3.8))
+    places = range(data.sizes["layer"])
+    for name, colour, marker in (("image", PALETTE[0], "o"), ("text", PALETTE[1], "s")):
+        left.plot(places, data[name], color=colour, marker=marker, ms=4, label=f"{name} stream")
+    left.set(ylabel="largest score / median", title="how massive")
+    _log(left, "y")
+    left.legend(frameon=False, fontsize=8)
+    right.bar(places, data.jaccard, color=PALETTE[2], width=0.6)
+    right.axhline(data.attrs["random"], color="0.4", ls="--", lw=1, label="two random sets")
+    right.set(ylim=(0, 1.02), ylabel=f"Jaccard of the two top {data.attrs['k']}", title="the same channels?")
+    right.legend(frameon=False, fontsize=8)
+    for axis in (left, right):
+        _blocks(axis, data)
+    if bool(data.text.isnull().all()):
+        title = "This architecture has no residual text stream"
+    else:
+        title = (
+            f"Image and text stream share {float(data.jaccard.max()):.0%} of their top {data.attrs['k']} channels at most; "
+            f"the text stream peaks at {float(data.text.max()):.0f} x its median"
+        )
+    return _finish(figure, title, data)
+
+
+def birth(data: xr.Dataset) -> Figure:
+    """``lead`` (train_step, layer), and ``ratio`` (train_step, channel) of the channels that lead at the end."""
+    figure, (left, right) = _canvas(1, 2, (11.0, 3.9))
+    for index, colour in enumerate(sns.color_palette("flare", data.sizes["layer"])):
+        label = str(data.block.values[index]) if data.sizes["layer"] <= 12 else None
+        left.plot(data.train_step, data["lead"].isel(layer=index), color=colour, marker=".", lw=1.4, label=label)
+    left.set(xlabel="training step", ylabel="largest score / median", title="each block")
+    left.legend(frameon=False, fontsize=8)
+    for index, channel in enumerate(data.channel.values):
+        right.plot(
+            data.train_step,
+            data.ratio.isel(channel=index),
+            marker=".",
+            lw=1.4,
+            color=PALETTE[index],
+            label=f"channel {channel}",
+        )
+    right.set(xlabel="training step", ylabel="score / median", title="the final leaders")
+    right.axhline(1, color="0.6", lw=0.8)
+    right.legend(frameon=False, fontsize=8)
+    for axis in (left, right):
+        axis.set(xscale="symlog", xlim=(0, None))
+        axis.xaxis.set_major_formatter("{x:g}")
+        _log(axis, "y")
+    first = int(data.train_step[int((data["lead"].max("layer") > 10).argmax())])
+    end = int(data.train_step[-1])
+    peak = float(data["lead"].isel(train_step=-1).max())
+    title = (
+        f"Massive activations are born early: 10 x the median after {first} of {end} training steps, {peak:.0f} x at the end"
+    )
+    return _finish(figure, title, data)
+
+
+def interactive_map(values: xr.DataArray, image: np.ndarray, title: str) -> go.Figure:
+    """One channel over the image grid, beside the image; ``values`` (row, column), ``image`` uint8 (height, width, 3)."""
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(1, 2, subplot_titles=("image", title), horizontal_spacing=0.06)
+    figure.add_trace(go.Image(z=image), 1, 1)
+    figure.add_trace(
+        go.Heatmap(z=values.values[::-1], colorscale="RdBu_r", zmid=float(np.median(values)), colorbar_len=0.9), 1, 2
+    )
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False)
+    figure.update_yaxes(scaleanchor="x2", col=2)
+    return figure.update_layout(height=340, width=720, margin={"l": 10, "r": 10, "t": 40, "b": 10})
+
+
+def interactive_spectrum(scores: xr.DataArray, k: int, title: str) -> go.Figure:
+    """Scores over the median by channel, the top ``k`` marked; ``scores`` (channel)."""
+    import plotly.graph_objects as go
+
+    values = (scores / scores.median()).values
+    colours = np.where(np.argsort(np.argsort(-values)) < k, "#d55e00", "#8fa3b5")
+    figure = go.Figure(go.Bar(x=np.arange(len(values)), y=values, marker_color=colours, marker_line_width=0))
+    figure.update_layout(
+        title=title,
+        xaxis_title="channel",
+        yaxis_title="score / median",
+        bargap=0,
+        height=320,
+        width=720,
+        margin={"l": 10, "r": 10, "t": 50, "b": 10},
+        template="plotly_white",
+    )
+    return figure
