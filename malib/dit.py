@@ -59,7 +59,6 @@ def load(
         ValueError: its architecture is not in ``malib.families``.
     """
     import torch
-    from diffusers import DiffusionPipeline
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
@@ -68,6 +67,8 @@ def load(
     source = data_folder() / BUNDLED if str(model) == BUNDLED else model
     try:
         with _quiet_loading():
+            from diffusers import DiffusionPipeline
+
             pipeline = DiffusionPipeline.from_pretrained(source, dtype=getattr(torch, dtype))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
@@ -435,23 +436,21 @@ def versions() -> dict[str, str]:
 @contextmanager
 def _quiet_loading():
     """Hide the loaders' progress bars and hints; errors still come through."""
-    import os
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
 
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    shown = diffusers_logging.is_progress_bar_enabled()
-    before = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"), diffusers_logging.get_verbosity()
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    diffusers_logging.set_verbosity_error()
+    libraries = (of_diffusers, of_transformers)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        diffusers_logging.set_verbosity(before[1])
-        if shown:
-            diffusers_logging.enable_progress_bar()
-            transformers_logging.enable_progress_bar()
+        for library, (verbosity, bar) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if bar:
+                library.enable_progress_bar()
 
 
 def _checksum(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

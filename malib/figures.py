@@ -110,14 +110,20 @@ def select(only: list[str] | None) -> list[Notebook]:
     """
     if not only:
         return list(NOTEBOOKS)
-    chosen = []
+    chosen = {}
     for name in only:
-        found = [n for n in NOTEBOOKS if name in (n.name, n.name[:2], *n.figures, *(f"{n.name[:2]}_{f}" for f in n.figures))]
+        found = [n for n in NOTEBOOKS if name in _names(n)]
         if not found:
             known = ", ".join(f"{n.name} ({', '.join(n.figures)})" for n in NOTEBOOKS)
             raise RunError(f"'{name}' is neither a notebook nor a figure; known are {known}.")
-        chosen += found
-    return list(dict.fromkeys(chosen))
+        chosen |= {n.name: n for n in found}
+    return list(chosen.values())
+
+
+def _names(notebook: Notebook) -> list[str]:
+    """All names by which a notebook may be asked for."""
+    number = notebook.name[:2]
+    return [notebook.name, number, *notebook.figures, *(f"{number}_{figure}" for figure in notebook.figures)]
 
 
 def parameters_for(notebook: Notebook, tier: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -179,6 +185,7 @@ def run(notebook: Notebook, parameters: dict[str, Any], folder: Path, force: boo
             {**parameters, "out": str(folder.resolve()), "interactive": False},
             cwd=str(source.parent),
             kernel_name="python3",
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],
             progress_bar=sys.stderr.isatty() or {"mininterval": 10},
         )
         missing = [p.name for p in outputs if not p.exists()]

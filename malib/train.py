@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TEXT_LENGTH = 32
+CHECKPOINT_EVERY = 250
 _TRAINED = ("transformer", "text_encoder", "text_encoder_2")
 _HELD_OUT_SEED = 2_000_000_000
 PROBE_SIGMAS = (0.8, 0.5, 0.2)
@@ -473,7 +474,7 @@ def _train_flow(
         if step in probes:
             save_file({k: v.to(torch.bfloat16) for k, v in ema.mean.items()}, snapshots / f"{step:06d}.safetensors")
         last = step == preset.steps
-        if step > start and (step % 250 == 0 or last):
+        if step > start and (step % CHECKPOINT_EVERY == 0 or last):
             state = {"weights": weights, "optimizer": optimizer.state_dict(), "ema": ema.mean, "step": step}
             torch.save({**state, "seconds": time.monotonic() - began}, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from malib import Channels, ChannelStats, DiT, Disrupt, Gates, Store, TopK, cache
+from malib import Channels, ChannelStats, Disrupt, DiT, Gates, Store, TopK, cache
 
 from .. import architectures
 

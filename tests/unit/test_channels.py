@@ -137,5 +137,5 @@ def test_leading_curve_and_percentile() -> None:
     "make", [lambda: TopK(0), lambda: TopK(3, "median"), lambda: channels.score(torch.ones(1, 1, 1), "x")]
 )
 def test_bad_rules_are_refused(make) -> None:
-    with pytest.raises(ValueError, match="channel|kind"):
+    with pytest.raises(ValueError, match=r"channel|kind"):
         make()

@@ -1,0 +1,102 @@
+"""The runner on small notebooks made for it: refusals, failures, and what is skipped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from malib import figures
+from malib.figures import Notebook
+
+DRAW = """
+import json, pathlib
+for name in {names}:
+    for kind in ("png", "pdf", "json"):
+        pathlib.Path(out, f"{{name}}.{{kind}}").write_text(json.dumps({{"n": size}}))
+"""
+
+
+def write(folder: Path, name: str, *cells: str) -> None:
+    first = nbformat.v4.new_code_cell(
+        "size = 3\nmodel = 'mini-flux'\nout = ''\ninteractive = True", metadata={"tags": ["parameters"]}
+    )
+    notebook = nbformat.v4.new_notebook(cells=[first, *map(nbformat.v4.new_code_cell, cells)])
+    notebook.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+
+
+def statuses(text: str) -> dict[str, str]:
+    """Status by figure, from the summary table."""
+    return {line.split()[0]: line.split()[-1] for line in text.splitlines() if line.startswith("9") and "," not in line}
+
+
+@pytest.fixture
+def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A notebook that fails in its second cell, and one that draws."""
+    write(tmp_path, "91_bad", "raise ValueError('the sky fell')")
+    write(tmp_path, "92_good", DRAW.format(names=["92_one", "92_two"]))
+    registry = (
+        Notebook("91_bad", ("zero",), {"preview": {"size": 1}, "full": {"size": 9}}),
+        Notebook("92_good", ("one", "two"), {"preview": {"size": 5}, "full": {"size": 9}}),
+    )
+    monkeypatch.setattr(figures, "NOTEBOOKS", registry)
+    monkeypatch.setattr(figures, "notebook_folder", lambda: tmp_path)
+    return tmp_path
+
+
+def test_a_failing_notebook_is_named_and_leaves_the_others_running(two: Path, capsys) -> None:
+    assert figures.main(["--out", str(two / "out")]) == 1
+    text = capsys.readouterr().out
+    assert "91_bad, cell 2: ValueError: the sky fell" in text
+    assert statuses(text) == {"91_zero": "failed", "92_one": "drawn", "92_two": "drawn"}
+    assert json.loads((two / "out" / "92_one.json").read_text()) == {"n": 5}
+
+
+def test_unchanged_notebooks_are_skipped_until_forced_or_changed(two: Path, capsys) -> None:
+    args = ["--only", "92_good", "--out", str(two / "out")]
+    said = []
+    for extra in ([], [], ["--force"], ["-p", "size=7"]):
+        assert figures.main(args + extra) == 0
+        said.append(statuses(capsys.readouterr().out)["92_one"])
+    assert said == ["drawn", "unchanged", "drawn", "drawn"]
+    assert json.loads((two / "out" / "92_two.json").read_text()) == {"n": 7}
+    (two / "out" / "92_two.pdf").unlink()
+    assert figures.main([*args, "-p", "size=7"]) == 0
+    assert statuses(capsys.readouterr().out)["92_two"] == "drawn" and (two / "out" / "92_two.pdf").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--only", "99_none"], "neither a notebook nor a figure"),
+        (["--only", "one", "-p", "sise=4"], "'sise' is not a parameter of 92_good"),
+        (["--only", "one", "-p", "size"], "NAME=VALUE"),
+        (["--model", "nowhere"], "is no model"),
+        (["--model", "/tmp"], "is no model"),
+    ],
+)
+def test_what_does_not_exist_is_refused_in_one_sentence(two: Path, capsys, args: list[str], words: str) -> None:
+    assert figures.main([*args, "--out", str(two / "out")]) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err and captured.err.strip().count("\n") == 0
+    assert not (two / "out").exists()
+
+
+def test_figures_can_be_chosen_by_either_name(two: Path) -> None:
+    for name in ("92_good", "92", "two", "92_two"):
+        assert [n.name for n in figures.select([name])] == ["92_good"]
+
+
+def test_a_notebook_that_does_not_draw_all_its_figures_fails(two: Path, capsys) -> None:
+    write(two, "92_good", DRAW.format(names=["92_one"]))
+    assert figures.main(["--only", "92_good", "--out", str(two / "out")]) == 1
+    assert "ended without drawing 92_two.png" in capsys.readouterr().out
+
+
+def test_list_names_every_figure(capsys) -> None:
+    assert figures.main(["--list"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"{n.name[:2]}_{f}" in text for n in figures.NOTEBOOKS for f in n.figures)

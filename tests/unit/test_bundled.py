@@ -1,0 +1,73 @@
+"""The model that ships: it opens, it draws what the caption says, and it has massive activations."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import malib
+from malib import channels, scenes
+from malib.dit import data_folder
+
+
+@pytest.fixture(scope="module")
+def dit() -> malib.DiT:
+    return malib.load(cache=False, device="cpu")
+
+
+def test_plain_diffusers_opens_it_without_malib() -> None:
+    code = (
+        "import sys; from diffusers import DiffusionPipeline; "
+        f"p = DiffusionPipeline.from_pretrained({str(data_folder() / 'mini-flux')!r}); "
+        "assert type(p).__name__ == 'FluxPipeline' and 'malib' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_data_is_small_enough_to_clone() -> None:
+    assert sum(p.stat().st_size for p in data_folder().rglob("*") if p.is_file()) <= 35e6
+
+
+def test_backgrounds_follow_the_caption(dit: malib.DiT) -> None:
+    """Median colour of the outer ring, nearest in the palette, on captions of unseen combinations."""
+    chosen = [scenes.sample_scene(3_000_000_000 + i, subjects=1, unseen=True) for i in range(200)]
+    chosen = [s for s in chosen if s.pattern == "plain"][:16]
+    images = dit.generate([s.caption for s in chosen], steps=10).images.astype(float)
+    edge = np.ones((64, 64), bool)
+    edge[4:-4, 4:-4] = False
+    colours = np.median(images[:, edge], axis=1)
+    palette = np.array(list(scenes.COLOURS.values()))
+    nearest = np.abs(colours[:, None] - palette).sum(-1).argmin(1)
+    right = [list(scenes.COLOURS)[n] == s.background for n, s in zip(nearest, chosen, strict=True)]
+    assert np.mean(right) >= 0.85
+
+
+def test_its_top_channel_towers_over_the_median(dit: malib.DiT) -> None:
+    stats = dit.generate(
+        scenes.captions(4), steps=4, record=[malib.ChannelStats(branches="cond", top=0)]
+    ).records.channel_stats
+    lead = channels.leading(stats.score.mean(("sample", "step")), (1, 192)).squeeze("branch")
+    assert float(lead.sel(rank=1).max()) > 10 and float(lead.sel(rank=192).max()) < 1.1
+
+
+def test_an_unknown_word_is_named(dit: malib.DiT) -> None:
+    with pytest.warns(UserWarning, match="'giraffe'"):
+        dit.generate("a red giraffe on the left", steps=1)
+
+
+def test_comparison_shows_one_column_a_generation(dit: malib.DiT) -> None:
+    base = dit.generate("a red star", steps=1)
+    hurt = dit.generate("a red star", steps=1, edits=[malib.Disrupt(malib.TopK(8))])
+    html = (base | hurt | base)._repr_html_()
+    assert html.count("<th>") == 3 and html.count("<img") == 3 and "Disrupt" in html
+
+
+@pytest.mark.parametrize("bad", ["no/such/model/here", "./nowhere"])
+def test_a_missing_model_gets_one_sentence(bad: str) -> None:
+    with pytest.raises(FileNotFoundError, match="could not be opened"):
+        malib.load(bad)
+    with pytest.raises(ValueError, match="dtype"):
+        malib.load(dtype="int8")

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from malib import train
+from malib.train import PRESETS
+
+SMALL = replace(PRESETS["tiny"], steps=6, batch=2, warmup=2, scenes=16, vae_steps=2, vae_batch=4)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory):
+    """A training of six steps, straight through."""
+    out = tmp_path_factory.mktemp("train") / "straight"
+    train.train(SMALL, 3, out, compiled=False)
+    return out
+
+
+def test_a_stopped_training_goes_on_to_the_same_weights(finished, tmp_path, monkeypatch) -> None:
+    out, real, calls = tmp_path / "stopped", train._draw, []
+
+    def stop_at_four(*args):
+        calls.append(args[3])
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(train, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(train, "_draw", stop_at_four)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(SMALL, 3, out, compiled=False)
+    monkeypatch.setattr(train, "_draw", real)
+    train.train(SMALL, 3, out, compiled=False)
+    name = "pipeline/transformer/diffusion_pytorch_model.safetensors"
+    one, two = load_file(finished / name), load_file(out / name)
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert steps == [2, 4, 6]
+
+
+def test_the_exported_pipeline_opens_and_runs_without_malib(finished) -> None:
+    from diffusers import DiffusionPipeline, FluxPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(finished / "pipeline")
+    assert type(pipeline) is FluxPipeline and pipeline.tokenizer_2.model_max_length == train.TEXT_LENGTH
+    call = {"height": 64, "width": 64, "num_inference_steps": 1, "max_sequence_length": 32, "output_type": "np"}
+    images = pipeline("a red star", negative_prompt="", true_cfg_scale=2.0, **call).images
+    assert images.shape == (1, 64, 64, 3) and np.isfinite(images).all()
+
+
+def test_training_feeds_the_transformer_what_the_pipeline_feeds_it(finished) -> None:
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(finished / "pipeline")
+    captions = ["a red star", "a small blue ring on the left, on a plain green background"]
+    with torch.no_grad():
+        states, pooled = train.encode_text(pipeline, captions)
+        theirs, their_pooled, text_ids = pipeline.encode_prompt(captions, None, max_sequence_length=train.TEXT_LENGTH)
+    assert torch.equal(states, theirs) and torch.equal(pooled, their_pooled)
+    ours_text, ours_image = train.position_ids("cpu")
+    latents = torch.randn(1, 4, 32, 32)
+    assert torch.equal(ours_text, text_ids)
+    assert torch.equal(ours_image, pipeline._prepare_latent_image_ids(1, 16, 16, "cpu", torch.float32))
+    assert torch.equal(train.pack(latents), pipeline._pack_latents(latents, 1, 4, 32, 32))
+
+
+def test_the_end_of_the_caption_is_where_clip_pools(finished) -> None:
+    """Two captions that differ only in their last word have different pooled vectors."""
+    pipeline = train.build_pipeline(SMALL, 0)
+    _, pooled = train.encode_text(pipeline, ["a red star", "a red ring", "a red star"])
+    assert torch.allclose(pooled[0], pooled[2]) and not torch.allclose(pooled[0], pooled[1])
+
+
+def test_probe_is_written_and_read_and_leaves_the_weights(finished, tmp_path) -> None:
+    data = train.load_probe(finished / "probe.safetensors")
+    assert list(data.train_step.values) == train.probe_steps(SMALL.steps)
+    assert data.score.dims == ("train_step", "sigma", "layer", "channel") and data.sizes["channel"] == 128
+    assert list(data.block.values) == ["double 0", "single 0", "single 1"]
+    again = tmp_path / "again.safetensors"
+    train.save_probe(data, again)
+    assert train.load_probe(again).identical(data)
+
+
+def test_nothing_is_planted_at_the_start() -> None:
+    """Before training all gates are closed: every block passes its input through."""
+    pipeline = train.build_pipeline(SMALL, 0)
+    block = pipeline.transformer.transformer_blocks[0].eval()
+    x, c, temb = torch.randn(1, 9, 128), torch.randn(1, 5, 128), torch.randn(1, 128)
+    context, image = block(hidden_states=x, encoder_hidden_states=c, temb=temb)
+    assert torch.equal(image, x) and torch.equal(context, c)
+
+
+def test_probe_steps_and_schedule() -> None:
+    steps = train.probe_steps(4000)
+    assert steps[0] == 0 and steps[-1] == 4000 and 38 <= len(steps) <= 40 and np.diff(steps).min() > 0
+    preset = replace(PRESETS["mini"], steps=1000, warmup=100, decay_share=0.25)
+    assert train._schedule(0, preset) == 0.01 and train._schedule(500, preset) == 1.0
+    assert train._schedule(875, preset) == pytest.approx(0.5)
+
+
+def test_install_copies_what_the_notebooks_read_and_refuses_half_a_training(finished, tmp_path) -> None:
+    train.install(finished, tmp_path)
+    assert (tmp_path / "tiny-flux" / "model_index.json").exists() and (tmp_path / "probes" / "tiny-3.safetensors").exists()
+    log = json.loads((tmp_path / "probes" / "tiny-3.json").read_text())
+    assert log["seed"] == 3 and log["flow"][-1]["step"] == 6
+    card = (tmp_path / "tiny-flux" / "README.md").read_text()
+    assert "dB PSNR" in card and "--preset tiny --seed 3 --steps 6" in card
+    with pytest.raises(FileNotFoundError, match="no finished training"):
+        train.install(tmp_path / "nowhere", tmp_path)
