@@ -13,7 +13,9 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +88,12 @@ class Store:
             if hashlib.sha256(data).hexdigest() != meta["sha256"]:
                 raise ValueError("its checksum differs")
             arrays = load(data)
+            with suppress(PermissionError):  # a shared store may be read-only
+                os.utime(entry / "meta.json")
         except (OSError, ValueError, KeyError) as error:
             log.warning("Cache entry %s is damaged (%s); it is removed and computed again.", key[:12], error)
             shutil.rmtree(entry, ignore_errors=True)
             return None
-        os.utime(entry / "meta.json")
         return arrays, meta["document"]
 
     def put(self, key: str, arrays: Mapping[str, np.ndarray], document: dict) -> None:
@@ -122,6 +125,10 @@ class Store:
         return sum(f.stat().st_size for f in self.folder.glob("objects/*/*/*"))
 
     def _trim(self, keep: str) -> None:
+        for abandoned in self.folder.glob("objects/*/.new-*"):  # of a process that was killed while writing
+            with suppress(FileNotFoundError):
+                if time.time() - abandoned.stat().st_mtime > 3600:
+                    shutil.rmtree(abandoned, ignore_errors=True)
         entries = []
         for meta in self.folder.glob("objects/*/*/meta.json"):
             try:

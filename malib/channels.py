@@ -204,7 +204,8 @@ def variance_shares(values: xr.DataArray, factors: Sequence[str]) -> xr.DataArra
     """Shares of the variance due to each factor and each interaction of factors, in a full grid with one value a cell.
 
     The sum of squares of a set of factors is that of its effect: its cell means less the effects of all its subsets. The
-    highest interaction cannot be told from noise.
+    highest interaction cannot be told from noise. These are shares of the sample's own variance, not variance components:
+    with few levels a main effect holds a part of the interactions.
 
     Args:
         values: array with the factors among its dimensions.
@@ -231,22 +232,35 @@ def variance_shares(values: xr.DataArray, factors: Sequence[str]) -> xr.DataArra
 
 
 def overlap(channels: xr.DataArray, along: str, k: int) -> xr.DataArray:
-    """Jaccard overlap of the top ``k`` of each entry along a dimension with those of all other entries, on average.
+    """Jaccard overlap of the top ``k`` of all pairs of entries along a dimension.
 
     Args:
         channels: ids over (..., rank), highest first.
-        along: the dimension whose entries are compared pairwise; it stays, so that its mean is the mean over all pairs.
+        along: the dimension whose entries are compared pairwise.
         k: how many ranks count.
 
+    Returns:
+        (along, other, ...), 1 on the diagonal.
+
     Raises:
-        ValueError: fewer than two entries.
+        ValueError: fewer than two entries, or fewer ranks than ``k``.
     """
+    import xarray as xr
+
+    if channels.sizes["rank"] < k:
+        raise ValueError(f"k is {k} but only {channels.sizes['rank']} ranks were recorded; record more with top={k}.")
     ordered = channels.isel(rank=slice(k)).transpose(along, ..., "rank")
     ids = torch.from_numpy(ordered.values.astype(np.int64))
     if len(ids) < 2:
         raise ValueError(f"'{along}' has {len(ids)} entry; an overlap needs at least two.")
-    rows = [torch.stack([jaccard(ids[i], ids[j]) for j in range(len(ids)) if j != i]).mean(0) for i in range(len(ids))]
-    return ordered.isel(rank=0, drop=True).astype(float).copy(data=torch.stack(rows).numpy())
+    rows = torch.stack([torch.stack([jaccard(a, b) for b in ids]) for a in ids])
+    return xr.DataArray(rows.numpy(), dims=(along, "other", *ordered.dims[1:-1]))
+
+
+def off_diagonal(pairs: xr.DataArray) -> xr.DataArray:
+    """Mean over the pairs of different entries of what ``overlap`` gives: (along, other, ...) -> (...)."""
+    along, n = pairs.dims[0], pairs.shape[0]
+    return (pairs.sum((along, "other")) - n) / (n * (n - 1))
 
 
 def random_overlap(k: int, channels: int) -> float:

@@ -73,7 +73,8 @@ def load(
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"'{model}' could not be opened: it is neither '{BUNDLED}' nor a diffusers folder, and the hub did not give it; "
-            "check the name, the network, and for a gated model accept its licence and run `hf auth login`."
+            "check the name, the network, and for a gated model accept its licence and run `hf auth login` "
+            f"({str(error).strip().splitlines()[0][:200]})."
         ) from error
     return DiT(pipeline.to(device), name=str(model), cache=cache, batch_size=batch_size)
 
@@ -223,16 +224,20 @@ class DiT:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of every weight and of the scheduler's settings; weights changed in place change it."""
+        """A hash of every weight, setting, tokenizer and adapter strength; weights changed in place change it.
+
+        A write through ``tensor.data`` alone goes unseen, for PyTorch does not count it.
+        """
         parts = [(n, m) for n, m in sorted(self.pipeline.components.items()) if hasattr(m, "named_parameters")]
         tensors = [(f"{n}.{k}", t) for n, m in parts for k, t in (*m.named_parameters(), *m.named_buffers())]
         state = tuple((id(t), t.data_ptr(), t._version) for _, t in tensors)
         if self._fingerprint is None or self._fingerprint[0] != state:
-            digest = hashlib.sha256(repr(sorted(self.pipeline.scheduler.config.items(), key=str)).encode())
+            digest = hashlib.sha256()
             sums = [(name, tuple(t.shape), str(t.dtype), *_checksum(t)) for name, t in tensors]
             digest.update(repr([(*s[:3], int(s[3]), int(s[4])) for s in sums]).encode())
             self._fingerprint = state, digest.hexdigest()
-        return self._fingerprint[1]
+        settings = [(n, _settings(c)) for n, c in sorted(self.pipeline.components.items())]
+        return hashlib.sha256(repr((type(self.pipeline).__name__, settings, self._fingerprint[1])).encode()).hexdigest()
 
     def generate(
         self,
@@ -291,7 +296,7 @@ class DiT:
         run = Run(len(prompts), steps, self.blocks)
         listeners = [item.start(run) for item in (*edits, *record)]
         context = {"weights": self.fingerprint, "device": self.device.split(":")[0], "dtype": self.dtype}
-        key = key_of({**call, **context})
+        key = key_of({**call, **context, "versions": versions()})
         if self.store and (found := self.store.get(key)):
             return _restore(*found)
         images, latents, sigmas = [], [], []
@@ -453,6 +458,21 @@ def _quiet_loading():
                 library.enable_progress_bar()
 
 
+def _settings(component: Any) -> str:
+    """What of a pipeline's part changes its results besides weights: class, config, vocabulary, adapters."""
+    parts: list[Any] = [type(component).__name__]
+    config = getattr(component, "config", None)
+    if config is not None:
+        settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        parts.append(sorted((k, v) for k, v in settings.items() if not k.startswith("_") and k != "transformers_version"))
+    if hasattr(component, "get_vocab"):
+        parts += [sorted(component.get_vocab().items()), component.model_max_length]
+    for name, module in component.named_modules() if hasattr(component, "named_modules") else ():
+        if hasattr(module, "lora_A"):
+            parts.append((name, module.scaling, module.active_adapters, module.disable_adapters))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
 def _checksum(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Two 64-bit sums over the raw bits, the second weighted by position; wrapping, so equal on every device."""
     import torch
@@ -518,9 +538,15 @@ def _restore(arrays: dict[str, np.ndarray], document: dict) -> Generation:
 
 
 def _edits_in_words(generation: Generation) -> str:
-    edits = generation.provenance["call"]["edits"]
-    words = (f"{e['type']}({', '.join(f'{k}={v}' for k, v in e['channels'].items() if k == 'k')})" for e in edits)
-    return ", ".join(words) or "undisturbed"
+    """The edits of a generation, without the fields that say "everywhere"."""
+
+    def words(value: Any) -> str:
+        if isinstance(value, dict):
+            said = [f"{k}={words(v)}" for k, v in value.items() if k not in ("type", "version", "stream", "point", "kind")]
+            return f"{value.get('type', '')}({', '.join(s for s in said if not s.endswith('=None'))})"
+        return str(value)
+
+    return ", ".join(words(e) for e in generation.provenance["call"]["edits"]) or "undisturbed"
 
 
 def _png(image: np.ndarray) -> str:

@@ -12,15 +12,16 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.figure import Figure
-
-    from .dit import DiT
 
 TIERS = {"preview": "preview", "full": "paper"}
 
@@ -57,35 +58,36 @@ def notebook_folder() -> Path:
     return inside if inside.exists() else Path(__file__).parent.parent / "notebooks"
 
 
-def save(figure: Figure, data: xr.Dataset, name: str, folder: str | Path, dit: DiT, **parameters: Any) -> Figure:
+def save(
+    figure: Figure, data: xr.Dataset, name: str, folder: str | Path, provenance: Mapping[str, Any], **parameters: Any
+) -> Figure:
     """Write ``<name>.png``, ``.pdf`` and ``.json`` and give the figure back.
 
     Args:
         figure: a matplotlib figure.
-        data: the numbers it shows; ``data.attrs["n"]`` says of how many samples.
+        data: the numbers it shows; ``data.attrs["n"]`` says of how many samples. Pictures (uint8) are stored by their hash.
         name: e.g. "01_channels".
         folder: where to; "" writes nothing, which is how a notebook behaves when a person runs it.
-        dit: the model, for fingerprint, device and dtype.
-        parameters: the notebook's parameters (seeds among them).
+        provenance: that of the generation behind the numbers (model, weights, device, dtype, versions, call).
+        parameters: the notebook's parameters.
     """
     if not folder:
         return figure
-    from .dit import versions
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
     figure.savefig(folder / f"{name}.pdf", bbox_inches="tight", metadata={"CreationDate": None})
+    pictures = {k: hashlib.sha256(v.values.tobytes()).hexdigest() for k, v in data.data_vars.items() if v.dtype == np.uint8}
+    origin = {k: v for k, v in provenance.items() if k != "call"}
+    call = {k: v for k, v in provenance.get("call", {}).items() if k in ("steps", "cfg", "guidance", "size", "seeds")}
     document = {
         "figure": name,
         "n": data.attrs.get("n"),
         "parameters": parameters,
-        "model": dit.name,
-        "weights": dit.fingerprint,
-        "device": dit.device,
-        "dtype": dit.dtype,
-        "versions": versions(),
-        "numbers": _rounded(data.to_dict()),
+        **origin,
+        **call,
+        "pictures": pictures,
+        "numbers": _rounded(data.drop_vars(list(pictures)).to_dict()),
     }
     (folder / f"{name}.json").write_text(json.dumps(document) + "\n")
     return figure
@@ -168,7 +170,7 @@ def run(notebook: Notebook, parameters: dict[str, Any], folder: Path, force: boo
     """
     import papermill
 
-    began = time.monotonic()
+    began, started = time.monotonic(), time.time() - 2  # some file systems keep whole seconds
     source = notebook_folder() / f"{notebook.name}.ipynb"
     stamp_path = folder / "executed" / f"{notebook.name}.stamp"
     stamp = _stamp(source, parameters)
@@ -188,7 +190,7 @@ def run(notebook: Notebook, parameters: dict[str, Any], folder: Path, force: boo
             extra_arguments=["--IPKernelApp.log_level=ERROR"],
             progress_bar=sys.stderr.isatty() or {"mininterval": 10},
         )
-        missing = [p.name for p in outputs if not p.exists()]
+        missing = [p.name for p in outputs if not p.exists() or p.stat().st_mtime < started]
         if missing:
             raise RuntimeError(f"{notebook.name} ended without drawing {', '.join(missing)}.")
         stamp_path.write_text(stamp)
@@ -249,9 +251,9 @@ def main(argv: list[str] | None = None) -> int:
             for figure in notebook.figures:
                 print(f"{notebook.name[:2]}_{figure:<20} {notebook.name}  {notebook.tiers[args.tier]}")
         return 0
-    folder = args.out or Path("figures") / TIERS[args.tier]
     try:
         given = _given(args)
+        folder = args.out or _default_folder(args.tier, args.model)
         jobs = [(n, parameters_for(n, args.tier, given)) for n in select(args.only)]
     except RunError as error:
         print(error, file=sys.stderr)
@@ -262,6 +264,16 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(run(notebook, parameters, folder, args.force))
     print(summary(rows, folder))
     return int(any(row["status"] == "failed" for row in rows))
+
+
+def _default_folder(tier: str, model: str | None) -> Path:
+    """figures/preview or figures/paper for the bundled model; another model's figures get a folder of their own."""
+    from .dit import BUNDLED
+
+    folder = Path("figures")
+    if model and model != BUNDLED:
+        folder = folder / (Path(model).resolve().name if Path(model).is_dir() else model.replace("/", "--"))
+    return folder / TIERS[tier]
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:

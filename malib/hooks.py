@@ -7,6 +7,7 @@ pipeline names them, otherwise from the family's row; a batched call is cut into
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -118,6 +119,7 @@ class Tap(AbstractContextManager):
         undo.callback(restore)
 
     def _scheduler_step(self, original: Callable) -> Callable:
+        @functools.wraps(original)  # pipelines look at its signature
         def step(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
             self.begin(self.step + 1)
@@ -126,6 +128,7 @@ class Tap(AbstractContextManager):
         return step
 
     def _cache_context(self, original: Callable) -> Callable:
+        @functools.wraps(original)
         def cache_context(name: str, *args: Any, **kwargs: Any) -> Any:
             self._named = name
             return original(name, *args, **kwargs)

@@ -46,8 +46,24 @@ def bootstrap(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> Estim
 def resample(statistic: Callable[[np.ndarray], float], n: int, resamples: int = 500, seed: int = 0) -> Estimate:
     """Any statistic of ``n`` units with its 95 % percentile interval; ``statistic`` takes the indices of the units drawn."""
     draws = np.random.default_rng(seed).integers(n, size=(resamples, n))
-    low, high = np.percentile([statistic(chosen) for chosen in draws], [2.5, 97.5])
+    low, high = np.nanpercentile([statistic(chosen) for chosen in draws], [2.5, 97.5])
     return Estimate(float(statistic(np.arange(n))), float(low), float(high), n)
+
+
+def pairwise(matrix: np.ndarray, resamples: int = 2000, seed: int = 0) -> Estimate:
+    """Mean over all pairs of units of a symmetric measure, with its 95 % interval from resampling the units.
+
+    Args:
+        matrix: (n, n), entry (i, j) the measure of units i and j; the diagonal is not used.
+        resamples: number of bootstrap draws; pairs of a unit with itself are left out of each.
+        seed: of the draws.
+    """
+
+    def mean(chosen: np.ndarray) -> float:
+        apart = chosen[:, None] != chosen
+        return matrix[np.ix_(chosen, chosen)][apart].mean() if apart.any() else np.nan
+
+    return resample(mean, len(matrix), resamples, seed)
 
 
 def interval(values: xr.DataArray, over: str = "prompt", resamples: int = 2000, seed: int = 0) -> xr.Dataset:
@@ -75,12 +91,14 @@ def claims() -> dict[str, dict[str, Any]]:
 
 
 def verdict(claim: str, estimate: Estimate) -> str:
-    """Apply a claim's decision rule: "holds", "does not hold" or "undecided".
+    """Apply a claim's decision rule: "holds", "does not hold" or "undecided" (always so below five units).
 
     Raises:
         KeyError: an unknown claim.
     """
     rule = claims()[claim]["rule"]
+    if estimate.n < 5:
+        return "undecided"
     if "at_least" in rule:
         above, below = estimate.low > rule["at_least"], estimate.high < rule["at_least"]
     else:

@@ -90,11 +90,12 @@ def channels(data: xr.Dataset) -> Figure:
     right.axhline(1, color="0.6", lw=0.8)
     if len(values) <= 12:
         right.legend(frameon=False, fontsize=7.5)
-    lead = data.ratio.mean("layer").argsort().values[::-1][:2]
-    wins = int((data.ratio.argmax("channel") == lead[0]).sum())
+    lead = int(data.ratio.mean("layer").argmax())
+    wins = int((data.ratio.argmax("channel") == lead).sum())
+    many = int((values > values.max() / 10).any(0).sum())
     title = (
-        f"A few channels tower over the rest: channel {lead[0]} leads in {wins} of {len(values)} blocks, "
-        f"up to {values.max():.0f} x the median"
+        f"Channel {lead} leads in {wins} of {len(values)} blocks; the highest score is {values.max():.0f} x the median, "
+        f"and {many} of {values.shape[1]} channels reach a tenth of it"
     )
     return _finish(figure, title, data)
 
@@ -125,12 +126,12 @@ def layers(data: xr.Dataset) -> Figure:
     last.set(title="Sun et al.: single activations", ylabel="|x|, and its ratio to the median")
     _log(last, "y")
     last.set_xlim(axes[0].get_xlim())
-    last.set_ylim(None, 9000)
+    last.set_ylim(None, max(9000, 3 * float(data.sun_ratio.max())))
     last.legend(frameon=False, fontsize=7.5, ncols=2, loc="upper left")
     _blocks(last, data)
     score = data["mean"].sel(kind="score")
     top, other = float(score.sel(rank=ranks[0]).max()), float(score.sel(rank=ranks[-1]).max())
-    met = "meets" if int(data.sun_massive.max()) else "does not meet"
+    met = "meets" if float(data.sun_massive.max()) > 0 else "does not meet"
     title = (
         f"The highest score reaches {top:.0f} x the median, that of rank {ranks[-1]} only {other:.0f} x; "
         f"the model {met} the absolute criterion"
@@ -243,7 +244,9 @@ def origin(data: xr.Dataset) -> Figure:
     massive = data.share.isel(group=0)
     step = float(massive.sel(source="step"))
     prompt = float(massive.sel(source=[s for s in sources if "prompt" in s and "seed" not in s]).sum())
-    title = f"The denoising step explains {step:.0%} of the massive channels' magnitude, the prompt {prompt:.0%}"
+    title = (
+        f"The denoising step explains {step:.0%} of the variance of the massive channels' scores, the prompt {prompt:.0%}"
+    )
     return _finish(figure, title, data)
 
 
@@ -266,8 +269,7 @@ def gates(data: xr.Dataset) -> Figure:
         axis.set_xlabel("score of the channel")
     for axis in axes[:, 0]:
         axis.set_ylabel("|AdaLN gate|")
-    middle = float(data.percentile.mean())
-    low = float(data.bottom.mean())
+    middle, low = data.attrs["percentile"], data.attrs["bottom"]
     title = (
         f"The top {data.attrs['k']} channels (red) stand at percentile {middle:.0%} of |gate|, the bottom ones at {low:.0%}"
     )
@@ -340,12 +342,10 @@ def birth(data: xr.Dataset) -> Figure:
         axis.set(xscale="symlog", xlim=(0, None))
         axis.xaxis.set_major_formatter("{x:g}")
         _log(axis, "y")
-    first = int(data.train_step[int((data["lead"].max("layer") > 10).argmax())])
-    end = int(data.train_step[-1])
-    peak = float(data["lead"].isel(train_step=-1).max())
-    title = (
-        f"Massive activations are born early: 10 x the median after {first} of {end} training steps, {peak:.0f} x at the end"
-    )
+    reached = (data["lead"].max("layer") > 10).values
+    when = f"after {int(data.train_step[int(reached.argmax())])} training steps" if reached.any() else "never"
+    end, peak = int(data.train_step[-1]), float(data["lead"].isel(train_step=-1).max())
+    title = f"The highest score first exceeds 10 x the median {when}; after {end} steps it is {peak:.0f} x"
     return _finish(figure, title, data)
 
 

@@ -5,6 +5,8 @@ Everything is reduced on the device, with no copy to the host inside a hook; wha
 
 from __future__ import annotations
 
+import logging
+import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from .hooks import Block, Event
 
+log = logging.getLogger("malib")
 AXES = ("sample", "step", "branch", "layer")
 STATISTICS = ("score", "magnitude", "maximum", "energy")
 
@@ -37,6 +40,7 @@ class Window:
         point: "output" of a block (what the next one receives) or its "input".
     """
 
+    points: ClassVar[tuple[str, ...]] = ("output", "input")
     layers: tuple[int, ...] | None = None
     steps: tuple[int, ...] | None = None
     branches: tuple[str, ...] | None = None
@@ -52,8 +56,8 @@ class Window:
                 object.__setattr__(self, name, tuple(value))
         if self.stream not in STREAMS:
             raise ValueError(f"Stream '{self.stream}' is unknown; use one of {', '.join(STREAMS)}.")
-        if self.point not in ("output", "input", "gate"):
-            raise ValueError(f"Point '{self.point}' is unknown; use 'output' or 'input'.")
+        if self.point not in self.points:
+            raise ValueError(f"Point '{self.point}' is unknown here; use {' or '.join(self.points)}.")
         if self.branches is not None and not set(self.branches) <= set(BRANCHES):
             raise ValueError(f"Branches {self.branches} were given; use {' and/or '.join(BRANCHES)}.")
 
@@ -100,11 +104,13 @@ class ChannelStats(Window):
     Attributes:
         keep: which of sample, step, branch and layer stay axes of the result.
         top: how many highest channels to list for each sample; 0 for none.
+        max_bytes: refuse the run if the result would be larger.
     """
 
     version: ClassVar[int] = 1
     keep: tuple[str, ...] = AXES
     top: int = 32
+    max_bytes: int = 2 * 2**30
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -142,6 +148,7 @@ class Gates(Window):
     """The AdaLN gates: ``value`` (sample, step, branch, layer, gate, channel), NaN where a block has no such gate."""
 
     version: ClassVar[int] = 1
+    points: ClassVar[tuple[str, ...]] = ("gate",)
     point: str = field(default="gate", init=False)
 
     def start(self, run: Run) -> _GatesListener:
@@ -167,17 +174,36 @@ class _Listener:
         self._batch[name][key] = value
 
     def flush(self) -> None:
-        """End of a batch: one transfer a variable."""
+        """End of a batch: one transfer a variable, unless stacking it would need much memory."""
         for name, values in self._batch.items():
-            shapes = {v.shape for v in values.values()}
-            stacked = torch.stack(list(values.values())).cpu() if len(shapes) == 1 else [v.cpu() for v in values.values()]
-            for key, value in zip(values, stacked, strict=True):
+            parts = list(values.values())
+            small = sum(p.nbytes for p in parts) < 2**26 and len({p.shape for p in parts}) == 1
+            moved = torch.stack(parts).cpu() if small else [p.cpu() for p in parts]
+            for key, value in zip(values, moved, strict=True):
                 self._host[name][key].append(value)
         self._batch.clear()
 
     def discard(self) -> None:
         """Forget an unfinished batch."""
         self._batch.clear()
+
+    def refuse_larger(self, kept: int, axes: tuple[str, ...] = AXES) -> None:
+        """Called at the first event, before anything was kept: ``kept`` fp32 numbers at each entry of the axes."""
+        r, run = self.record, self.run
+        entries = {
+            "sample": run.samples,
+            "step": run.steps if r.steps is None else len(r.steps),
+            "branch": 2 if r.branches is None else len(r.branches),
+            "layer": len(run.blocks) if r.layers is None else len(r.layers),
+        }
+        size = 4 * kept * math.prod(entries[a] for a in axes)
+        name = type(r).__name__
+        if size > r.max_bytes:
+            raise ValueError(
+                f"{name} would keep up to {size:,} bytes, above max_bytes={r.max_bytes:,}; choose fewer axes, layers, "
+                "steps, branches, tokens or channels, or raise max_bytes."
+            )
+        log.info("%s keeps up to %s bytes.", name, f"{size:,}")
 
     def _assemble(self, name: str, dims: tuple[str, ...]) -> xr.DataArray | None:
         """Stack what was kept of one variable to (sample, step, branch, layer, *dims)."""
@@ -206,10 +232,14 @@ class _ChannelStatsListener(_Listener):
         self._sums: dict[tuple, dict[str, Tensor]] = {}
         self._counts: dict[tuple, int] = defaultdict(int)
         self._pending: list[tuple[tuple, dict[str, Tensor], int]] = []
+        self._checked = False
 
     def __call__(self, event: Event, x: Tensor) -> None:
         if not self.record.covers(event):
             return
+        if not self._checked:
+            self.refuse_larger(x.shape[2] * len(STATISTICS), self.record.keep)
+            self._checked = True
         x = x.float()
         size = x.abs()
         stats = {
@@ -228,6 +258,8 @@ class _ChannelStatsListener(_Listener):
                 self.keep(name, site, value)
         else:
             stats["square"] = stats["score"].square()
+            if "sample" not in self.record.keep:
+                stats = {n: v.amax(0) if n == "maximum" else _wide(v).sum(0) for n, v in stats.items()}
             self._pending.append((site, stats, len(x)))
 
     def flush(self) -> None:
@@ -250,9 +282,7 @@ class _ChannelStatsListener(_Listener):
         for row in rows:
             named["sample"] = offset + row if by_sample else None
             key = tuple(named[a] for a in self.record.keep)
-            part = {n: _wide(v[row]) if by_sample else v for n, v in stats.items()}
-            if not by_sample:
-                part = {n: v.amax(0) if n == "maximum" else _wide(v).sum(0) for n, v in part.items()}
+            part = {n: _wide(v[row]) for n, v in stats.items()} if by_sample else stats
             sums = self._sums.setdefault(key, {})
             for name, value in part.items():
                 if name not in sums:
@@ -328,22 +358,12 @@ class _HiddenStatesListener(_Listener):
         self.keep("value", site, chosen.float() if chosen is not x else x.float().clone())
 
     def _check_size(self, x: Tensor) -> None:
-        """The size is known at the first event, before anything was kept."""
-        r, run = self.record, self.run
-        tokens = x.shape[1] if r.tokens is None else len(r.tokens)
-        if isinstance(r.channels, Rule):
-            channels = r.channels.ids(x, 0).shape[1]
+        channels, tokens = self.record.channels, self.record.tokens
+        if isinstance(channels, Rule):
+            width = channels.ids(x, 0).shape[1]
         else:
-            channels = x.shape[2] if r.channels is None else len(r.channels)
-        steps = run.steps if r.steps is None else len(r.steps)
-        layers = len(run.blocks) if r.layers is None else len(r.layers)
-        branches = 2 if r.branches is None else len(r.branches)
-        size = 4 * run.samples * steps * branches * layers * tokens * channels
-        if size > r.max_bytes:
-            raise ValueError(
-                f"HiddenStates would keep up to {size:,} bytes, above max_bytes={r.max_bytes:,}; "
-                "choose fewer layers, steps, branches, tokens or channels, or raise max_bytes."
-            )
+            width = x.shape[2] if channels is None else len(channels)
+        self.refuse_larger(width * (x.shape[1] if tokens is None else len(tokens)))
         self._checked = True
 
     def dataset(self) -> xr.Dataset:

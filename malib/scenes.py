@@ -209,6 +209,11 @@ def render(scene: Scene) -> Rendering:
     return Rendering(np.clip(image, 0, 1).astype(np.float32), labels)
 
 
+def empty(scene: Scene) -> np.ndarray:
+    """The background of a scene without its subjects; float32 (64, 64, 3) in [0, 1]."""
+    return np.clip(_background(scene, np.random.default_rng([scene.seed, 11])), 0, 1).astype(np.float32)
+
+
 def captions(count: int, seed: int = 0, subjects: int | None = 1, unseen: bool = False) -> list[str]:
     """``count`` different canonical captions, fixed by ``seed``; a longer list begins with the shorter one."""
     found: dict[str, None] = {}

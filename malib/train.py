@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 TEXT_LENGTH = 32
 CHECKPOINT_EVERY = 250
+CARD_CAPTIONS = 64
 _TRAINED = ("transformer", "text_encoder", "text_encoder_2")
 _HELD_OUT_SEED = 2_000_000_000
 PROBE_SIGMAS = (0.8, 0.5, 0.2)
@@ -62,7 +63,7 @@ PRESETS = {
     p.name: p
     for p in (
         Preset("tiny", 2, 1, 2, steps=600, batch=16, scenes=4000, vae_channels=(16, 32), vae_steps=300, ema=0.99),
-        Preset("mini", 6, 1, 4, steps=4600, batch=32, vae_steps=1200),
+        Preset("mini", 6, 1, 4, steps=3800, batch=32, vae_steps=1200),
         Preset("base", 8, 2, 6, steps=40_000, batch=128, learning_rate=7e-4, ema=0.9995, scenes=200_000),
     )
 }
@@ -151,6 +152,7 @@ def train(preset: Preset, seed: int, out: Path, device: str = "cpu", compiled: b
         ``out / "pipeline"``, the exported ``FluxPipeline`` directory.
     """
     out.mkdir(parents=True, exist_ok=True)
+    _check_same_training(preset, seed, out)
     (out / "preset.json").write_text(json.dumps({**asdict(preset), "seed": seed}, indent=1))
     pipeline = build_pipeline(preset, seed).to(device)
     _train_vae(pipeline.vae, preset, seed, out, device)
@@ -162,6 +164,22 @@ def train(preset: Preset, seed: int, out: Path, device: str = "cpu", compiled: b
     save_probe(probe(pipeline, out / "snapshots"), out / "probe.safetensors")
     (out / "pipeline" / "README.md").write_text(_card(pipeline, preset, seed, out))
     return out / "pipeline"
+
+
+def _check_same_training(preset: Preset, seed: int, out: Path) -> None:
+    """Refuse to go on with another training's weights; the number of steps may change until the learning rate decays."""
+    if not (out / "preset.json").exists():
+        return
+    wanted, stored = {**asdict(preset), "seed": seed}, json.loads((out / "preset.json").read_text())
+    wanted, stored = json.loads(json.dumps(wanted)), dict(stored)
+    steps, planned = wanted.pop("steps"), stored.pop("steps")
+    log = out / "log.jsonl"
+    done = json.loads(log.read_text().splitlines()[-1])["step"] if log.exists() else 0
+    if wanted != stored or (steps != planned and done > (1 - preset.decay_share) * planned):
+        raise ValueError(
+            f"{out} holds another training ({done} of {planned} steps of {stored['name']}, seed {stored['seed']}); "
+            "go on with the same settings, or give another folder with --out."
+        )
 
 
 def install(out: Path, data: Path) -> None:
@@ -182,6 +200,150 @@ def install(out: Path, data: Path) -> None:
     (data / "probes" / f"{name}.json").write_text(json.dumps(log, indent=1) + "\n")
 
 
+def train_judge(out: Path, seed: int = 0, steps: int = 1500, batch: int = 48, count: int = 24_000) -> dict[str, float]:
+    """Train the judge on renderings and measure it on renderings that it has not seen.
+
+    Args:
+        out: folder for ``judge.safetensors`` and its card.
+        seed: fixes initialisation, scenes and distortions.
+        steps: training steps.
+        batch: renderings in a step.
+        count: renderings in all, of every combination of attributes.
+
+    Returns:
+        The accuracies on undistorted held-out renderings, and ``iou`` of the masks.
+    """
+    from .judge import Judge
+
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    images, labels, slots = _judge_data(seed, count)
+    judge = Judge().to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.01)
+    rng = np.random.default_rng([seed, 17])
+    for step in _bar(range(steps), "judge"):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        chosen = torch.from_numpy(rng.integers(count, size=batch))
+        loss = _judge_loss(judge, *_distorted(images[chosen], labels[chosen], slots[chosen], rng))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    judge.eval()
+    save_file({k: v.half().contiguous() for k, v in judge.state_dict().items()}, out / "judge.safetensors")
+    return measure_judge(out)
+
+
+def measure_judge(out: Path, count: int = 1000) -> dict[str, float]:
+    """Accuracy, mask IoU and calibration of a stored judge on held-out renderings; writes its card."""
+    from .judge import load_judge, prompt_accuracy, read
+
+    chosen = [scenes.sample_scene(_HELD_OUT_SEED + 500_000 + i, unseen=bool(i % 2)) for i in range(count)]
+    drawn = [scenes.render(s) for s in chosen]
+    images = np.stack([(d.image * 255).round().astype(np.uint8) for d in drawn])
+    reading = read(images, load_judge(out / "judge.safetensors"))
+    hits = prompt_accuracy(reading, chosen)
+    masks = np.stack([d.mask for d in drawn])
+    iou = (reading.masks & masks).sum((1, 2)) / (reading.masks | masks).sum((1, 2))
+    result = {name: float(hit.mean()) for name, hit in hits.items()} | {"iou": float(iou.mean())}
+    confidence = reading.confidence["background"]
+    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in result.items())
+    (out / "README.md").write_text(f"""---
+license: mit
+---
+# The judge
+
+A small convolutional network (`malib/judge.py`) that names the attributes of a scene, segments its subjects and gives
+features. Trained on renderings alone by `python -m malib.train --judge`, stored in fp16. No weights come from elsewhere.
+
+On {count} renderings that it has not seen, one or two subjects, half of them of combinations that mini-flux never saw:
+
+| | share right, or mean |
+|---|---|
+{rows}
+
+"all" means every attribute of every subject and of the background. Mean confidence in the background colour:
+{confidence.mean():.4f}, share right: {result["background"]:.4f}.
+""")
+    return result
+
+
+def _judge_job(job: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pixels, label map by position (0 none, 1 left, 2 center, 3 right), words as indices: 3 x (shape, colour, size), 2."""
+    seed, index = job
+    rng = np.random.default_rng([seed, index, 3])
+    scene = scenes.sample_scene(seed * 10_000_000 + 5_000_000 + index, unseen=bool(rng.random() < 0.125))
+    drawn = scenes.render(scene)
+    words = np.full(11, -100, dtype=np.int64)
+    words[0:9:3] = len(scenes.SHAPES)
+    labels = np.zeros((scenes.SIZE, scenes.SIZE), dtype=np.uint8)
+    empty = rng.random() < 0.06
+    image = scenes.empty(scene) if empty else drawn.image
+    for number, subject in enumerate(() if empty else scene.subjects, 1):
+        place = scenes.POSITIONS.index(subject.position)
+        words[3 * place : 3 * place + 3] = (
+            scenes.SHAPES.index(subject.shape),
+            list(scenes.COLOURS).index(subject.colour),
+            scenes.SIZES.index(subject.size),
+        )
+        labels[drawn.labels == number] = place + 1
+    words[9:] = list(scenes.COLOURS).index(scene.background), scenes.PATTERNS.index(scene.pattern)
+    return (image * 255).round().astype(np.uint8), labels, words
+
+
+def _judge_data(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(min(multiprocessing.cpu_count(), 16)) as pool:
+        found = list(pool.imap(_judge_job, ((seed, i) for i in range(count)), chunksize=64))
+    return tuple(torch.from_numpy(np.stack(part)) for part in zip(*found, strict=True))
+
+
+def _distorted(images: Tensor, labels: Tensor, words: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise, blur and light; a tenth are even mixtures of two scenes, which show no clear subject ("none")."""
+    x = images.permute(0, 3, 1, 2).float() / 255
+    size = len(x)
+    blur = torch.from_numpy(rng.random(size) < 0.3).view(-1, 1, 1, 1)
+    x = torch.where(blur, nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False), x)
+    strength = torch.from_numpy(rng.random(size) ** 2 * 0.12 * (rng.random(size) < 0.6)).float().view(-1, 1, 1, 1)
+    x = x + strength * torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32))
+    x = x * torch.from_numpy(rng.uniform(0.9, 1.1, size)).float().view(-1, 1, 1, 1)
+    mixed = torch.from_numpy(rng.random(size) < 0.1)
+    x = torch.where(mixed.view(-1, 1, 1, 1), (x + x.roll(1, 0)) / 2, x).clamp(0, 1)
+    words, labels = words.clone(), labels.long()
+    words[mixed] = -100
+    words[mixed, 0:9:3] = len(scenes.SHAPES)
+    labels[mixed] = -100
+    return x.contiguous(memory_format=torch.channels_last), labels, words
+
+
+def _judge_loss(judge: nn.Module, images: Tensor, labels: Tensor, words: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        said = judge(images)
+    entropy = nn.functional.cross_entropy
+    loss = entropy(said["segments"].float(), labels, ignore_index=-100)
+    for number, head in enumerate(("shape", "colour", "size")):
+        loss = loss + entropy(said[head].float().flatten(0, 1), words[:, number:9:3].flatten(), ignore_index=-100)
+    for number, head in enumerate(("background", "pattern"), 9):
+        loss = loss + 0.5 * entropy(said[head].float(), words[:, number], ignore_index=-100)
+    return loss
+
+
+def _accuracy_rows(pipeline: FluxPipeline, count: int) -> str:
+    """Prompt accuracy on held-out captions, as rows of the card's table."""
+    from .dit import DiT
+    from .judge import prompt_accuracy, read
+    from .metrics import bootstrap
+
+    dit, cells = DiT(pipeline), {}
+    for subjects in (1, 2):
+        chosen = [scenes.sample_scene(_HELD_OUT_SEED + 900_000 + i, subjects, unseen=True) for i in range(count)]
+        hits = prompt_accuracy(read(dit.generate([s.caption for s in chosen]).images), chosen)
+        for name, hit in hits.items():
+            found = bootstrap(hit)
+            cells.setdefault(name, []).append(f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]")
+    return "\n".join(f"| {name} | {' | '.join(row)} |" for name, row in [("n", [str(count)] * 2), *cells.items()])
+
+
 @torch.no_grad()
 def _card(pipeline: FluxPipeline, preset: Preset, seed: int, out: Path) -> str:
     """The model card, every number of it measured."""
@@ -195,6 +357,7 @@ def _card(pipeline: FluxPipeline, preset: Preset, seed: int, out: Path) -> str:
     lines = [f"| {r['step']} | {r['loss']:.4f} | {r['held_out']:.4f} | {r['seconds'] / 60:.0f} |" for r in shown]
     table = "\n".join(lines)
     blocks = f"{preset.double_blocks} double + {preset.single_blocks} single blocks, width {preset.heads * 64}"
+    accuracy = _accuracy_rows(pipeline, CARD_CAPTIONS)
     command = f"python -m malib.train --preset {preset.name} --seed {seed} --steps {preset.steps}"
     return f"""---
 library_name: diffusers
@@ -218,6 +381,15 @@ the exponential mean of the weights at the end; no checkpoint was chosen.
 | schedule | learning rate {preset.learning_rate:g}, warm-up {preset.warmup}, decay over the last {preset.decay_share:.0%} |
 | autoencoder | {psnr.mean():.1f} dB PSNR on 64 scenes of held-out combinations (worst {psnr.min():.1f} dB) |
 | words it knows | {", ".join(scenes.VOCABULARY)} |
+
+## Quality
+
+Share of pictures (20 steps, guidance 3) in which the judge (`data/judge`) finds what the caption says, with its 95 %
+bootstrap interval. Captions name every attribute; none of their combinations of subject attributes occurs in training.
+
+| | one subject | two subjects |
+|---|---|---|
+{accuracy}
 
 ## Loss (rectified flow, mean squared error of the velocity)
 
@@ -406,7 +578,8 @@ def _train_vae(vae: AutoencoderKL, preset: Preset, seed: int, out: Path, device:
         sample = torch.cat([vae.encode(b.to(device)).latent_dist.mean for b in batches[:32]])
     vae.register_to_config(scaling_factor=1 / sample.std().item(), shift_factor=sample.mean().item())
     (out / "vae_log.json").write_text(json.dumps(log))
-    vae.save_pretrained(path)
+    vae.save_pretrained(path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").rename(path)
 
 
 @torch.no_grad()
@@ -420,7 +593,8 @@ def _latents(vae: AutoencoderKL, preset: Preset, seed: int, out: Path, device: s
             with torch.autocast(device, torch.bfloat16):
                 mean = vae.encode(images.to(device, memory_format=torch.channels_last)).latent_dist.mean
             parts.append(((mean.float() - vae.config.shift_factor) * vae.config.scaling_factor).half().cpu())
-        save_file({"latents": torch.cat(parts).contiguous()}, path)
+        save_file({"latents": torch.cat(parts).contiguous()}, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
     return load_file(path)["latents"]
 
 
@@ -567,12 +741,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, help="replace the preset's batch size")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--install", type=Path, metavar="DATA", help="when done, copy model, probe and log into this folder")
+    parser.add_argument("--judge", action="store_true", help="train the judge instead, into --out (default: data/judge)")
     parser.add_argument("--eager", action="store_true", help="do without torch.compile")
     args = parser.parse_args(argv)
+    if args.judge:
+        print(train_judge(args.out or Path("data/judge"), args.seed, **({"steps": args.steps} if args.steps else {})))
+        return
     changes = {k: v for k in ("steps", "batch") if (v := getattr(args, k)) is not None}
     preset = replace(PRESETS[args.preset], **changes)
     out = args.out or Path.home() / ".cache" / "malib" / "train" / f"{preset.name}-{args.seed}"
-    print(train(preset, args.seed, out, args.device, not args.eager))
+    try:
+        print(train(preset, args.seed, out, args.device, not args.eager))
+    except ValueError as error:
+        parser.error(str(error))
     if args.install:
         install(out, args.install)
 

@@ -70,7 +70,7 @@ def explore(
         status.value = "running ..."
         try:
             shown["now"] = watch(dit, text.value, seed.value, steps=steps, cfg=cfg, guidance=guidance, k=k.value)
-        except ValueError as error:
+        except Exception as error:  # shown beside the controls, where the person looks
             status.value = f"<b>{error}</b>"
             return
         status.value = ""

@@ -21,6 +21,14 @@ def flux_dit() -> DiT:
     return DiT(architectures.build("flux"), name="tiny-flux", cache=False, batch_size=4)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """No test reads what an earlier version of the code has stored."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MALIB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def store(tmp_path) -> Store:
     return Store(tmp_path / "store")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -225,6 +227,8 @@ def test_hidden_states_of_a_rule_and_of_tokens(any_dit: DiT) -> None:
         (lambda d: d.generate(PROMPTS, record=[ChannelStats(layers=99)]), "layers 0 to"),
         (lambda d: d.generate(PROMPTS, steps=2, edits=[Disrupt(TopK(1), steps=(2,))]), "steps 0 to 1"),
         (lambda d: d.generate(PROMPTS, record=[HiddenStates(max_bytes=10)]), "max_bytes"),
+        (lambda d: d.generate(PROMPTS, record=[ChannelStats(max_bytes=10)]), "max_bytes"),
+        (lambda d: d.generate(PROMPTS, edits=[Disrupt(TopK(1), point="gate")]), "Point 'gate'"),
         (lambda d: d.generate(PROMPTS, guidance=3.5), "no embedded guidance"),
     ],
 )
@@ -238,6 +242,19 @@ def test_windows_refuse_unknown_words() -> None:
     for bad in ({"stream": "audio"}, {"point": "middle"}, {"branches": "both"}):
         with pytest.raises(ValueError, match="use"):
             Window(**bad)
+
+
+def test_the_scheduler_keeps_its_signature_while_tapped(any_dit: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sana's pipeline asks the signature whether the scheduler takes the generator."""
+    scheduler, seen = any_dit.pipeline.scheduler, []
+    wanted = list(inspect.signature(scheduler.step).parameters)
+    monkeypatch.setattr(
+        malib.records._ChannelStatsListener,
+        "__call__",
+        lambda self, event, x: seen.append(list(inspect.signature(scheduler.step).parameters)),
+    )
+    any_dit.generate(PROMPTS, steps=1, record=[ChannelStats()])
+    assert seen and all(found == wanted for found in seen)
 
 
 def test_a_compiled_transformer_is_refused(flux_dit: DiT, monkeypatch: pytest.MonkeyPatch) -> None:

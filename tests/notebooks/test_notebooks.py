@@ -26,7 +26,11 @@ def test_discovery(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     documents = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "out").glob("*.json")}
     assert set(documents) == {f"01_{figure}" for figure in figures.NOTEBOOKS[0].figures}
     for name, document in documents.items():
-        assert document["n"] > 0 and len(document["weights"]) == 64 and document["parameters"]["seeds"] == 2, name
+        assert (
+            document["n"] > 0
+            and (name == "01_birth" or len(document["weights"]) == 64)
+            and document["parameters"]["seeds"] == 2
+        ), name
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5000
     assert documents["01_channels"]["n"] == 6
     shares = documents["01_origin"]["numbers"]["data_vars"]["share"]["data"]

@@ -71,6 +71,14 @@ def test_one_changed_weight_changes_the_fingerprint(dit: DiT) -> None:
     assert dit.fingerprint != before
 
 
+def test_settings_that_change_images_change_the_fingerprint(dit: DiT) -> None:
+    before = dit.fingerprint
+    dit.pipeline.vae.register_to_config(scaling_factor=0.5)
+    changed = dit.fingerprint
+    dit.pipeline.tokenizer_2.model_max_length = 20
+    assert len({before, changed, dit.fingerprint}) == 3
+
+
 @pytest.mark.parametrize("damage", ["truncate", "flip", "no meta", "bad meta"])
 def test_a_damaged_entry_is_reported_and_computed_again(dit: DiT, store: Store, caplog, damage: str) -> None:
     first = dit.generate(PROMPTS, steps=1, record=[ChannelStats()])

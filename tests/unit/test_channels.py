@@ -80,12 +80,17 @@ def test_overlap_equals_a_loop_over_pairs() -> None:
     rng = np.random.default_rng(1)
     ids = np.stack([[rng.permutation(12)[:6] for _ in range(2)] for _ in range(4)])
     found = channels.overlap(xr.DataArray(ids, dims=("prompt", "layer", "rank")), "prompt", 3)
+    assert found.dims == ("prompt", "other", "layer")
     for layer in range(2):
         sets = [set(ids[p, layer, :3].tolist()) for p in range(4)]
+        for i, j in product(range(4), range(4)):
+            assert float(found[i, j, layer]) == pytest.approx(len(sets[i] & sets[j]) / len(sets[i] | sets[j]))
         pairs = [len(a & b) / len(a | b) for i, a in enumerate(sets) for b in sets[:i]]
-        assert float(found.isel(layer=layer).mean()) == pytest.approx(np.mean(pairs))
+        assert float(channels.off_diagonal(found)[layer]) == pytest.approx(np.mean(pairs))
     with pytest.raises(ValueError, match="at least two"):
         channels.overlap(xr.DataArray(ids[:1], dims=("prompt", "layer", "rank")), "prompt", 3)
+    with pytest.raises(ValueError, match="only 6 ranks"):
+        channels.overlap(xr.DataArray(ids, dims=("prompt", "layer", "rank")), "prompt", 7)
 
 
 def test_variance_shares_on_known_effects() -> None:

@@ -36,6 +36,14 @@ def test_resample_takes_any_statistic() -> None:
     assert found.mean == 24.5 and found.low < 24.5 < found.high and found.n == 50
 
 
+def test_pairwise_has_the_width_of_a_mean_over_pairs() -> None:
+    """J(i, j) = (a_i + a_j) / 2 has the mean of a over pairs, so the interval must be that of the mean of a."""
+    a = np.random.default_rng(3).normal(size=80)
+    found, plain = metrics.pairwise((a[:, None] + a) / 2), metrics.bootstrap(a)
+    assert found.mean == pytest.approx(plain.mean)
+    assert found.high - found.low == pytest.approx(plain.high - plain.low, rel=0.1)
+
+
 @pytest.mark.parametrize("bad", [[], [1.0, np.nan], [[1.0]]])
 def test_bootstrap_refuses_what_has_no_mean(bad) -> None:
     with pytest.raises(ValueError, match="vector of numbers"):
@@ -47,6 +55,7 @@ def test_verdicts_need_the_whole_interval() -> None:
     assert metrics.verdict("few_channels", Estimate(20, 11, 30, 5)) == "holds"
     assert metrics.verdict("few_channels", Estimate(20, 9, 30, 5)) == "undecided"
     assert metrics.verdict("few_channels", Estimate(5, 4, 9.9, 5)) == "does not hold"
+    assert metrics.verdict("few_channels", Estimate(20, 19, 21, 4)) == "undecided"
 
 
 def test_every_claim_is_complete() -> None:

@@ -18,7 +18,9 @@ SMALL = replace(PRESETS["tiny"], steps=6, batch=2, warmup=2, scenes=16, vae_step
 def finished(tmp_path_factory: pytest.TempPathFactory):
     """A training of six steps, straight through."""
     out = tmp_path_factory.mktemp("train") / "straight"
-    train.train(SMALL, 3, out, compiled=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "CARD_CAPTIONS", 2)
+        train.train(SMALL, 3, out, compiled=False)
     return out
 
 
@@ -32,6 +34,7 @@ def test_a_stopped_training_goes_on_to_the_same_weights(finished, tmp_path, monk
         return real(*args)
 
     monkeypatch.setattr(train, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(train, "CARD_CAPTIONS", 2)
     monkeypatch.setattr(train, "_draw", stop_at_four)
     with pytest.raises(KeyboardInterrupt):
         train.train(SMALL, 3, out, compiled=False)
@@ -96,6 +99,12 @@ def test_nothing_is_planted_at_the_start() -> None:
     assert torch.equal(image, x) and torch.equal(context, c)
 
 
+def test_another_training_in_the_same_folder_is_refused(finished) -> None:
+    for changed, seed in ((SMALL, 4), (replace(SMALL, learning_rate=1.0), 3), (replace(SMALL, steps=9), 3)):
+        with pytest.raises(ValueError, match="holds another training"):
+            train.train(changed, seed, finished, compiled=False)
+
+
 def test_probe_steps_and_schedule() -> None:
     steps = train.probe_steps(4000)
     assert steps[0] == 0 and steps[-1] == 4000 and 38 <= len(steps) <= 40 and np.diff(steps).min() > 0
@@ -110,6 +119,6 @@ def test_install_copies_what_the_notebooks_read_and_refuses_half_a_training(fini
     log = json.loads((tmp_path / "probes" / "tiny-3.json").read_text())
     assert log["seed"] == 3 and log["flow"][-1]["step"] == 6
     card = (tmp_path / "tiny-flux" / "README.md").read_text()
-    assert "dB PSNR" in card and "--preset tiny --seed 3 --steps 6" in card
+    assert "dB PSNR" in card and "| n | 2 | 2 |" in card and "--preset tiny --seed 3 --steps 6" in card
     with pytest.raises(FileNotFoundError, match="no finished training"):
         train.install(tmp_path / "nowhere", tmp_path)

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from malib import judge, scenes, train
+from malib.scenes import Scene, Subject
+
+
+def pixels(chosen: list[Scene]) -> np.ndarray:
+    return np.stack([(scenes.render(s).image * 255).round().astype(np.uint8) for s in chosen])
+
+
+@pytest.fixture(scope="module")
+def chosen() -> list[Scene]:
+    return [scenes.sample_scene(4_000_000_000 + i, unseen=bool(i % 2)) for i in range(200)]
+
+
+def test_it_reads_renderings_that_it_has_not_seen(chosen: list[Scene]) -> None:
+    reading = judge.read(pixels(chosen))
+    hits = judge.prompt_accuracy(reading, chosen)
+    for name in ("shape", "colour", "size", "position", "background", "pattern"):
+        assert hits[name].mean() >= 0.95, name
+    truth = np.stack([scenes.render(s).mask for s in chosen])
+    iou = (reading.masks & truth).sum((1, 2)) / (reading.masks | truth).sum((1, 2))
+    assert iou.mean() >= 0.9
+
+
+def test_it_sees_no_subject_where_there_is_none(chosen: list[Scene]) -> None:
+    empty = np.stack([(scenes.empty(s) * 255).round().astype(np.uint8) for s in chosen[:40]])
+    reading = judge.read(empty)
+    assert (reading.words["shape"] == "none").mean() > 0.95 and reading.masks.mean() < 0.01
+
+
+def test_accuracy_counts_the_right_attributes() -> None:
+    """A picture of one scene held against captions that differ in one attribute each."""
+    shown = Scene((Subject("star", "red", "large", "left"),), "striped", "blue", 5)
+    captions = {
+        "shape": Scene((Subject("ring", "red", "large", "left"),), "striped", "blue"),
+        "colour": Scene((Subject("star", "white", "large", "left"),), "striped", "blue"),
+        "size": Scene((Subject("star", "red", "small", "left"),), "striped", "blue"),
+        "background": Scene((Subject("star", "red", "large", "left"),), "striped", "green"),
+        "pattern": Scene((Subject("star", "red", "large", "left"),), "checkered", "blue"),
+    }
+    hits = judge.prompt_accuracy(judge.read(pixels([shown] * 6)), [shown, *captions.values()])
+    assert hits["all"].tolist() == [True] + [False] * 5 and hits["position"].all()
+    for i, name in enumerate(captions, 1):
+        wrong = [a for a in captions if not hits[a][i]]
+        assert wrong == [name]
+    two = Scene((shown.subjects[0], Subject("ring", "green", "small", "right")), "striped", "blue")
+    assert not judge.prompt_accuracy(judge.read(pixels([shown])), [two])["position"][0]
+
+
+def test_the_loss_ignores_what_a_mixture_does_not_show() -> None:
+    rng = np.random.default_rng(0)
+    images = torch.zeros(64, 64, 64, 3, dtype=torch.uint8)
+    labels, words = torch.ones(64, 64, 64, dtype=torch.uint8), torch.zeros(64, 11, dtype=torch.long)
+    _, labels, words = train._distorted(images, labels, words, rng)
+    mixed = (labels == -100).all((1, 2))
+    assert 0 < mixed.sum() < 20
+    assert (words[mixed][:, 0:9:3] == len(scenes.SHAPES)).all() and (words[mixed][:, 9:] == -100).all()
+    assert (words[~mixed] == 0).all()
+
+
+def test_other_images_are_refused() -> None:
+    with pytest.raises(ValueError, match="uint8 images"):
+        judge.read(np.zeros((2, 32, 32, 3), np.uint8))
