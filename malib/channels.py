@@ -227,7 +227,9 @@ def variance_shares(values: xr.DataArray, factors: Sequence[str]) -> xr.DataArra
             effects[group] = effect
             cells = np.prod([values.sizes[f] for f in factors if f not in group])
             sums[" x ".join(group)] = (effect**2).sum(group) * cells
-    stacked = xr.concat(list(sums.values()), dim="source").assign_coords(source=list(sums))
+    stacked = xr.concat(list(sums.values()), dim="source", coords="minimal", compat="override").assign_coords(
+        source=list(sums)
+    )
     return stacked / stacked.sum("source")
 
 
@@ -275,9 +277,10 @@ def pick(values: xr.DataArray, ids: Mapping[int, Sequence[int]]) -> xr.DataArray
     """For each layer the channels named for it: (..., layer, channel) -> (..., layer, rank)."""
     import xarray as xr
 
-    layers = [values.sel(layer=layer).isel(channel=list(chosen)) for layer, chosen in ids.items()]
-    stacked = xr.concat([part.rename(channel="rank") for part in layers], "layer")
-    return stacked.transpose(..., "layer", "rank")
+    ordered = values.sel(layer=list(ids)).transpose(..., "layer", "channel")
+    places = np.broadcast_to(np.array(list(ids.values())), (*ordered.shape[:-1], len(next(iter(ids.values())))))
+    coords = {name: c for name, c in ordered.coords.items() if "channel" not in c.dims}
+    return xr.DataArray(np.take_along_axis(ordered.values, places, -1), coords, (*ordered.dims[:-1], "rank"))
 
 
 def percentile(values: xr.DataArray) -> xr.DataArray:

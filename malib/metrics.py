@@ -90,17 +90,22 @@ def claims() -> dict[str, dict[str, Any]]:
     return yaml.safe_load((data_folder() / "claims.yaml").read_text())
 
 
+def rule(claim: str) -> str:
+    """A claim's decision rule in words, e.g. "at least 10"."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in claims()[claim]["rule"].items())
+
+
 def verdict(claim: str, estimate: Estimate) -> str:
     """Apply a claim's decision rule: "holds", "does not hold" or "undecided" (always so below five units).
 
     Raises:
         KeyError: an unknown claim.
     """
-    rule = claims()[claim]["rule"]
+    limits = claims()[claim]["rule"]
     if estimate.n < 5:
         return "undecided"
-    if "at_least" in rule:
-        above, below = estimate.low > rule["at_least"], estimate.high < rule["at_least"]
+    if "at_least" in limits:
+        above, below = estimate.low > limits["at_least"], estimate.high < limits["at_least"]
     else:
-        above, below = estimate.high < rule["at_most"], estimate.low > rule["at_most"]
+        above, below = estimate.high < limits["at_most"], estimate.low > limits["at_most"]
     return "holds" if above else "does not hold" if below else "undecided"

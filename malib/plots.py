@@ -38,7 +38,7 @@ def _canvas(rows: int, columns: int, size: tuple[float, float], **kwargs: Any) -
 
 
 def _finish(figure: Figure, title: str, data: xr.Dataset) -> Figure:
-    figure.suptitle(title, fontsize=11.5, fontweight="semibold", x=0.01, ha="left")
+    figure.suptitle(title, fontsize=11.5, fontweight="bold", x=0.01, ha="left")
     words = [f"n = {data.attrs['n']}"] if "n" in data.attrs else []
     figure.supxlabel(
         ", ".join([*words, *filter(None, [data.attrs.get("note")])]), fontsize=8, color="0.35", x=0.01, ha="left"
@@ -90,7 +90,7 @@ def channels(data: xr.Dataset) -> Figure:
     right.axhline(1, color="0.6", lw=0.8)
     if len(values) <= 12:
         right.legend(frameon=False, fontsize=7.5)
-    lead = int(data.ratio.mean("layer").argmax())
+    lead = int(data.ratio.mean("layer").argmax("channel"))
     wins = int((data.ratio.argmax("channel") == lead).sum())
     many = int((values > values.max() / 10).any(0).sum())
     title = (

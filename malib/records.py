@@ -203,7 +203,7 @@ class _Listener:
                 f"{name} would keep up to {size:,} bytes, above max_bytes={r.max_bytes:,}; choose fewer axes, layers, "
                 "steps, branches, tokens or channels, or raise max_bytes."
             )
-        log.info("%s keeps up to %s bytes.", name, f"{size:,}")
+        log.log(logging.WARNING if size > 2**28 else logging.INFO, "%s keeps up to %s bytes.", name, f"{size:,}")
 
     def _assemble(self, name: str, dims: tuple[str, ...]) -> xr.DataArray | None:
         """Stack what was kept of one variable to (sample, step, branch, layer, *dims)."""
@@ -395,5 +395,7 @@ class _GatesListener(_Listener):
         found = {gate: self._assemble(gate, ("channel",)) for gate in sorted(self._host)}
         if not found:
             return xr.Dataset()
-        stacked = xr.concat(list(found.values()), dim="gate", join="outer").assign_coords(gate=list(found))
+        stacked = xr.concat(
+            list(found.values()), dim="gate", join="outer", coords="minimal", compat="override"
+        ).assign_coords(gate=list(found))
         return xr.Dataset({"value": stacked.transpose(*AXES, "gate", "channel")})

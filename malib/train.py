@@ -444,7 +444,9 @@ def probe(pipeline: FluxPipeline, snapshots: Path, samples: int = 16) -> xr.Data
         listener.flush()
         found[int(path.stem)] = listener.dataset().score.rename(step="sigma").assign_coords(sigma=list(PROBE_SIGMAS))
     _load_weights(pipeline, before)
-    score = xr.concat(list(found.values()), dim="train_step").assign_coords(train_step=list(found))
+    score = xr.concat(list(found.values()), dim="train_step", coords="minimal", compat="override").assign_coords(
+        train_step=list(found)
+    )
     return xr.Dataset({"score": score.assign_coords(block=("layer", [b.name for b in blocks]))})
 
 

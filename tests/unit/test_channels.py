@@ -138,6 +138,14 @@ def test_leading_curve_and_percentile() -> None:
     assert channels.percentile(values).values.tolist() == [[0.75, 0.0, 0.375, 1.0, 0.375]]
 
 
+def test_pick_takes_each_layers_own_channels() -> None:
+    coords = {"layer": [0, 1, 2], "block": ("layer", list("abc"))}
+    values = xr.DataArray(np.arange(24.0).reshape(2, 3, 4), dims=("step", "layer", "channel"), coords=coords)
+    found = channels.pick(values, {0: (3, 1), 2: (0, 2)})
+    assert found.dims == ("step", "layer", "rank") and list(found.block.values) == ["a", "c"]
+    assert found.values.tolist() == [[[3, 1], [8, 10]], [[15, 13], [20, 22]]]
+
+
 @pytest.mark.parametrize(
     "make", [lambda: TopK(0), lambda: TopK(3, "median"), lambda: channels.score(torch.ones(1, 1, 1), "x")]
 )
