@@ -5,8 +5,9 @@
 
 from .cache import Store
 from .channels import BottomK, Channels, EnergyMatched, RandomK, TopK
-from .dit import Comparison, DiT, Generation, load
+from .dit import DiT, load
 from .edits import Disrupt
+from .generation import Comparison, Generation
 from .records import ChannelStats, Gates, HiddenStates
 
 __all__ = [

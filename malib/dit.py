@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import html
 import inspect
 import logging
 import platform
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -20,12 +18,12 @@ import numpy as np
 from . import scenes
 from .cache import Store, describe, key_of
 from .families import Family, family_of
+from .generation import Generation, flatten, restore
 from .records import Run, Window, name_of
 
 if TYPE_CHECKING:
     import torch
     import xarray as xr
-    from PIL.Image import Image
 
 log = logging.getLogger("malib")
 BUNDLED = "mini-flux"
@@ -77,78 +75,6 @@ def load(
             f"({str(error).strip().splitlines()[0][:200]})."
         ) from error
     return DiT(pipeline.to(device), name=str(model), cache=cache, batch_size=batch_size)
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What one call of ``generate`` gave.
-
-    Attributes:
-        images: uint8 (samples, height, width, 3).
-        latents: the final latents as the pipeline holds them, float32 (samples, ...).
-        records: one ``xarray.Dataset`` for each record and edit, under its snake_case name (``channel_stats``, ``disrupt``);
-            the second of a kind is ``channel_stats_2``.
-        provenance: the call, key, weights' fingerprint, sigmas, versions, device and dtype.
-    """
-
-    images: np.ndarray
-    latents: np.ndarray
-    records: SimpleNamespace
-    provenance: dict[str, Any] = field(repr=False)
-
-    @property
-    def prompts(self) -> list[str]:
-        """One prompt a sample."""
-        return self.provenance["call"]["prompts"]
-
-    @property
-    def seeds(self) -> list[int]:
-        """One seed a sample."""
-        return self.provenance["call"]["seeds"]
-
-    @property
-    def pil(self) -> list[Image]:
-        """The images for PIL."""
-        from PIL import Image
-
-        return [Image.fromarray(image) for image in self.images]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __repr__(self) -> str:
-        names = ", ".join(vars(self.records)) or "none"
-        return f"Generation({len(self)} samples of {self.images.shape[2]} x {self.images.shape[1]} px, records: {names})"
-
-    def __or__(self, other: Generation | Comparison) -> Comparison:
-        return Comparison((self,)) | other
-
-    def _repr_html_(self) -> str:
-        return Comparison((self,))._repr_html_()
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Generations side by side, one column each: ``base | hurt``."""
-
-    columns: tuple[Generation, ...]
-
-    def __or__(self, other: Generation | Comparison) -> Comparison:
-        return Comparison(self.columns + (other.columns if isinstance(other, Comparison) else (other,)))
-
-    def _repr_html_(self) -> str:
-        heads = "".join(f"<th>{html.escape(_edits_in_words(g))}</th>" for g in self.columns)
-        rows = []
-        for i in range(max(len(g) for g in self.columns)):
-            cells = (
-                f'<td><img style="image-rendering:pixelated;width:{max(128, min(g.images.shape[2], 384))}px" '
-                f'title="{html.escape(g.prompts[i])}, seed {g.seeds[i]}" src="{_png(g.images[i])}"></td>'
-                if i < len(g)
-                else "<td></td>"
-                for g in self.columns
-            )
-            rows.append(f"<tr>{''.join(cells)}</tr>")
-        return f"<table><tr>{heads}</tr>{''.join(rows)}</table>"
 
 
 class DiT:
@@ -298,7 +224,7 @@ class DiT:
         context = {"weights": self.fingerprint, "device": self.device.split(":")[0], "dtype": self.dtype}
         key = key_of({**call, **context, "versions": versions()})
         if self.store and (found := self.store.get(key)):
-            return _restore(*found)
+            return restore(*found)
         images, latents, sigmas = [], [], []
         for start in range(0, len(prompts), self.batch_size):
             part = slice(start, start + self.batch_size)
@@ -328,7 +254,7 @@ class DiT:
             },
         )
         if self.store:
-            self.store.put(key, *_flatten(result))
+            self.store.put(key, *flatten(result))
         return result
 
     def _run(
@@ -503,58 +429,3 @@ def _as_windows(items: Any, name: str) -> list[Any]:
         if not isinstance(item, Window):
             raise TypeError(f"{name} was given {item!r}; give instances such as ChannelStats() or Disrupt(TopK(8)).")
     return items
-
-
-def _flatten(result: Generation) -> tuple[dict[str, np.ndarray], dict]:
-    """A generation as named arrays and a JSON document, for the store."""
-    arrays, layout = {"images": result.images, "latents": result.latents}, {}
-    for name, data in vars(result.records).items():
-        layout[name] = {"variables": {}, "coords": {}}
-        for part, variables in (("variables", data.data_vars), ("coords", data.coords)):
-            for key, variable in variables.items():
-                entry: dict[str, Any] = {"dims": list(variable.dims)}
-                if variable.dtype.kind in "USO":
-                    entry["values"] = variable.values.tolist()
-                else:
-                    arrays[f"{name}/{part}/{key}"] = variable.values
-                layout[name][part][key] = entry
-    return arrays, {"provenance": result.provenance, "records": layout}
-
-
-def _restore(arrays: dict[str, np.ndarray], document: dict) -> Generation:
-    import xarray as xr
-
-    records = {}
-    for name, parts in document["records"].items():
-        built = {
-            part: {
-                key: (entry["dims"], entry["values"] if "values" in entry else arrays[f"{name}/{part}/{key}"])
-                for key, entry in variables.items()
-            }
-            for part, variables in parts.items()
-        }
-        records[name] = xr.Dataset(built["variables"], coords=built["coords"])
-    return Generation(arrays["images"], arrays["latents"], SimpleNamespace(**records), document["provenance"])
-
-
-def _edits_in_words(generation: Generation) -> str:
-    """The edits of a generation, without the fields that say "everywhere"."""
-
-    def words(value: Any) -> str:
-        if isinstance(value, dict):
-            said = [f"{k}={words(v)}" for k, v in value.items() if k not in ("type", "version", "stream", "point", "kind")]
-            return f"{value.get('type', '')}({', '.join(s for s in said if not s.endswith('=None'))})"
-        return str(value)
-
-    return ", ".join(words(e) for e in generation.provenance["call"]["edits"]) or "undisturbed"
-
-
-def _png(image: np.ndarray) -> str:
-    import base64
-    import io
-
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "png")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
