@@ -43,7 +43,7 @@ NOTEBOOKS = (
     Notebook(
         "01_discovery",
         ("channels", "layers", "token_maps", "tokens", "sigma", "origin", "gates", "norm_share", "streams", "birth"),
-        {"preview": {"prompts": 12, "seeds": 3}, "full": {"prompts": 64, "seeds": 4}},
+        {"preview": {"prompts": 12, "seeds": 3, "dumps": 8}, "full": {"prompts": 48, "seeds": 4, "dumps": 24}},
     ),
 )
 

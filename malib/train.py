@@ -200,7 +200,7 @@ def install(out: Path, data: Path) -> None:
     (data / "probes" / f"{name}.json").write_text(json.dumps(log, indent=1) + "\n")
 
 
-def train_judge(out: Path, seed: int = 0, steps: int = 1500, batch: int = 48, count: int = 24_000) -> dict[str, float]:
+def train_judge(out: Path, seed: int = 0, steps: int = 1200, batch: int = 48, count: int = 24_000) -> dict[str, float]:
     """Train the judge on renderings and measure it on renderings that it has not seen.
 
     Args:
