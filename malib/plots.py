@@ -207,12 +207,9 @@ def sigma(data: xr.Dataset) -> Figure:
         axis.invert_xaxis()
     if len(colours) <= 12:
         axes[0].legend(frameon=False, fontsize=7.5)
-    change = float((data.top.isel(step=-1) / data.top.isel(step=0)).mean())
-    against = float((data.top / data["median"]).isel(step=-1).mean() / (data.top / data["median"]).isel(step=0).mean())
-    title = (
-        f"From noise to image the massive channels {'grow' if change > 1 else 'shrink'} ({change:.2f} x), "
-        f"their lead over the median {'grows' if against > 1 else 'shrinks'} ({against:.2f} x)"
-    )
+    first, last = data.isel(step=0), data.isel(step=-1)
+    change, usual = (float((last[name] / first[name]).mean()) for name in ("top", "median"))
+    title = f"From the first step to the last the massive channels change {change:.2f} x, the median channel {usual:.2f} x"
     return _finish(figure, title, data)
 
 

@@ -152,8 +152,8 @@ def train(preset: Preset, seed: int, out: Path, device: str = "cpu", compiled: b
         ``out / "pipeline"``, the exported ``FluxPipeline`` directory.
     """
     out.mkdir(parents=True, exist_ok=True)
-    _check_same_training(preset, seed, out)
-    (out / "preset.json").write_text(json.dumps({**asdict(preset), "seed": seed}, indent=1))
+    plans = _plans(preset, seed, out)
+    (out / "preset.json").write_text(json.dumps({**asdict(preset), "seed": seed, "plans": plans}, indent=1))
     pipeline = build_pipeline(preset, seed).to(device)
     _train_vae(pipeline.vae, preset, seed, out, device)
     latents = _latents(pipeline.vae, preset, seed, out, device)
@@ -166,20 +166,25 @@ def train(preset: Preset, seed: int, out: Path, device: str = "cpu", compiled: b
     return out / "pipeline"
 
 
-def _check_same_training(preset: Preset, seed: int, out: Path) -> None:
-    """Refuse to go on with another training's weights; the number of steps may change until the learning rate decays."""
+def _plans(preset: Preset, seed: int, out: Path) -> list[list[int]]:
+    """[step, planned number of steps] of each time a training was begun or its length changed.
+
+    Raises:
+        ValueError: the folder holds another training, or one that has gone further than this one is to go.
+    """
     if not (out / "preset.json").exists():
-        return
-    wanted, stored = {**asdict(preset), "seed": seed}, json.loads((out / "preset.json").read_text())
-    wanted, stored = json.loads(json.dumps(wanted)), dict(stored)
-    steps, planned = wanted.pop("steps"), stored.pop("steps")
+        return [[0, preset.steps]]
+    stored = json.loads((out / "preset.json").read_text())
+    wanted = json.loads(json.dumps({**asdict(preset), "seed": seed}))
     log = out / "log.jsonl"
     done = json.loads(log.read_text().splitlines()[-1])["step"] if log.exists() else 0
-    if wanted != stored or (steps != planned and done > (1 - preset.decay_share) * planned):
+    plans, planned = stored.pop("plans", [[0, stored["steps"]]]), stored.pop("steps")
+    if wanted.pop("steps") < done or wanted != stored:
         raise ValueError(
             f"{out} holds another training ({done} of {planned} steps of {stored['name']}, seed {stored['seed']}); "
-            "go on with the same settings, or give another folder with --out."
+            "go on with the same settings and at least as many steps, or give another folder with --out."
         )
+    return plans if preset.steps == planned else [*plans, [done, preset.steps]]
 
 
 def install(out: Path, data: Path) -> None:
@@ -358,6 +363,8 @@ def _card(pipeline: FluxPipeline, preset: Preset, seed: int, out: Path) -> str:
     table = "\n".join(lines)
     blocks = f"{preset.double_blocks} double + {preset.single_blocks} single blocks, width {preset.heads * 64}"
     accuracy = _accuracy_rows(pipeline, CARD_CAPTIONS)
+    plans = json.loads((out / "preset.json").read_text())["plans"]
+    planned = "; ".join(f"from step {step} planned for {steps}" for step, steps in plans)
     command = f"python -m malib.train --preset {preset.name} --seed {seed} --steps {preset.steps}"
     return f"""---
 library_name: diffusers
@@ -379,6 +386,7 @@ the exponential mean of the weights at the end; no checkpoint was chosen.
 | call | `max_sequence_length={TEXT_LENGTH}`, `negative_prompt=""`, `true_cfg_scale=3`, 20 steps |
 | training | {preset.steps} steps of {preset.batch} scenes out of {preset.scenes:,}, seed {seed}, AdamW, bf16 autocast |
 | schedule | learning rate {preset.learning_rate:g}, warm-up {preset.warmup}, decay over the last {preset.decay_share:.0%} |
+| plan | {planned} |
 | autoencoder | {psnr.mean():.1f} dB PSNR on 64 scenes of held-out combinations (worst {psnr.min():.1f} dB) |
 | words it knows | {", ".join(scenes.VOCABULARY)} |
 
