@@ -20,8 +20,9 @@ def chosen() -> list[Scene]:
 def test_it_reads_renderings_that_it_has_not_seen(chosen: list[Scene]) -> None:
     reading = judge.read(pixels(chosen))
     hits = judge.prompt_accuracy(reading, chosen)
-    for name in ("shape", "colour", "size", "position", "background", "pattern"):
-        assert hits[name].mean() >= 0.9, name
+    for name in ("colour", "size", "position", "background", "pattern"):
+        assert hits[name].mean() >= 0.95, name
+    assert hits["shape"].mean() >= 0.8  # the weakest of its answers; the card has the number on 1,000 renderings
     truth = np.stack([scenes.render(s).mask for s in chosen])
     iou = (reading.masks & truth).sum((1, 2)) / (reading.masks | truth).sum((1, 2))
     assert iou.mean() >= 0.9
