@@ -120,10 +120,6 @@ class Store:
             return
         self._trim(keep=key)
 
-    def size(self) -> int:
-        """Bytes of all entries."""
-        return sum(f.stat().st_size for f in self.folder.glob("objects/*/*/*"))
-
     def _trim(self, keep: str) -> None:
         for abandoned in self.folder.glob("objects/*/.new-*"):  # of a process that was killed while writing
             with suppress(FileNotFoundError):

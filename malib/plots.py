@@ -170,12 +170,12 @@ def tokens(data: xr.Dataset) -> Figure:
     size, top = data.ratio.values, np.argsort(data.ratio.values)[::-1][: data.attrs["k"]]
     right.scatter(size, data.constancy.values, s=9, color="0.6", lw=0, label="channel")
     right.scatter(size[top], data.constancy.values[top], s=22, color=PALETTE[3], lw=0, label=f"top {data.attrs['k']}")
-    for channel in top[:5]:
+    for place, channel in enumerate(top[:5]):
         right.annotate(
             str(channel),
             (size[channel], data.constancy.values[channel]),
             fontsize=7.5,
-            xytext=(3, -9),
+            xytext=(3, -10 if place % 2 else 4),
             textcoords="offset points",
         )
     right.set(
