@@ -30,7 +30,8 @@ lab: $(STAMP) ## open the notebooks in JupyterLab
 	$(VENV)/bin/jupyter lab --notebook-dir=notebooks $(ARGS)
 
 bench: $(STAMP) ## what recording costs, side by side with plain generation
-	$(RUN) -m malib.bench $(ARGS)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e ".[bench]" -c constraints.txt
+	$(RUN) -m malib.bench --readme README.md $(ARGS)
 
 train: $(STAMP) ## train a bundled model: make train PRESET=tiny
 	$(RUN) -m malib.train --preset $(PRESET) $(ARGS)

@@ -1,77 +1,248 @@
-"""``make bench``: what reading costs, as ratios to plain generation, alternating the contestants in one run."""
+"""``make bench``: what reading costs. Ratios to plain generation, the contestants alternating in one run; memory; the cache.
+
+Timings are ratios within one round, so that a noisy machine slows all contestants alike. Peak memory is that of a process of
+its own for each contestant.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import scenes
-from .dit import load, versions
+from .cache import Store
+from .dit import BUNDLED, data_folder, load, versions
 from .metrics import bootstrap
 from .records import ChannelStats
 
 if TYPE_CHECKING:
     from .dit import DiT
 
+MARKS = "<!-- bench -->", "<!-- /bench -->"
+_MEMORY_STEPS = 4
 
-def keep_everything(dit: DiT, prompts: list[str], steps: int) -> None:
-    """The obvious alternative: a hook on every block that keeps every output on the host."""
+
+def plain(dit: DiT, prompts: list[str], steps: int) -> None:
+    """Generation alone."""
+    dit.generate(prompts, steps=steps)
+
+
+def running_means(dit: DiT, prompts: list[str], steps: int) -> None:
+    """malib: statistics of every channel at every block, step and branch, averaged over the samples while running."""
+    dit.generate(prompts, steps=steps, record=[ChannelStats(keep=("step", "branch", "layer"), top=0)])
+
+
+def every_sample(dit: DiT, prompts: list[str], steps: int) -> None:
+    """malib: the same statistics of every sample."""
+    dit.generate(prompts, steps=steps, record=[ChannelStats()])
+
+
+def kept_outputs(dit: DiT, prompts: list[str], steps: int) -> None:
+    """Hooks as baukit's ``TraceDict`` sets them, that keep every output of every call; statistics at the end."""
     kept, handles = [], []
     for block in dit.blocks:
-        handles.append(block.module.register_forward_hook(lambda m, a, out: kept.append(out[-1].cpu().clone())))
+        index = block.stack.returns.index("image")
+        handles.append(
+            block.module.register_forward_hook(
+                lambda m, a, out, i=index: kept.append((out[i] if isinstance(out, tuple) else out).detach().clone())
+            )
+        )
     try:
         dit.generate(prompts, steps=steps)
     finally:
         for handle in handles:
             handle.remove()
+    for x in kept:
+        _statistics(x)
 
 
-def contestants(dit: DiT, prompts: list[str], steps: int) -> dict[str, Callable[[], object]]:
-    """What is timed, by name; "plain" is what the others are held against."""
-    means = ChannelStats(keep=("step", "branch", "layer"), top=0)
-    return {
-        "plain": lambda: dit.generate(prompts, steps=steps),
-        "channel statistics, means": lambda: dit.generate(prompts, steps=steps, record=[means]),
-        "channel statistics, every sample": lambda: dit.generate(prompts, steps=steps, record=[ChannelStats()]),
-        "hooks that keep everything": lambda: keep_everything(dit, prompts, steps),
-    }
+def nnsight_statistics(dit: DiT, prompts: list[str], steps: int) -> None:
+    """nnsight: the same statistics of every sample, saved from inside one trace over the whole pipeline."""
+    model = _nnsight_model(dit.name)
+    sites = [
+        (getattr(model.transformer, b.stack.attribute)[int(b.name.split()[-1])], b.stack.returns.index("image"))
+        for b in dit.blocks
+    ]
+    size = min(dit.batch_size, len(prompts))
+    for start in range(0, len(prompts), size):
+        call = dit.arguments(prompts[start : start + size], list(range(size)), steps)
+        asked = call.pop("prompt")
+        with model.generate(asked, **call) as tracer:
+            kept = list().save()  # noqa: C408
+            for _ in tracer.iter[:]:
+                for block, index in sites:
+                    kept.append(_statistics(block.output[index]))
+
+
+CONTESTANTS: dict[str, Callable[[DiT, list[str], int], None]] = {
+    "plain generation": plain,
+    "malib, running means": running_means,
+    "malib, every sample": every_sample,
+    "hooks that keep every output": kept_outputs,
+    "nnsight, every sample": nnsight_statistics,
+}
+
+
+def race(dit: DiT, prompts: list[str], steps: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """Seconds of each contestant in each round, and their ratio to plain generation with its 95 % interval."""
+    seconds: dict[str, list[float]] = {name: [] for name in _present()}
+    for number in range(rounds + 1):
+        for name in seconds:
+            began = time.perf_counter()
+            CONTESTANTS[name](dit, prompts, steps)
+            if number:  # the first round warms up
+                seconds[name].append(time.perf_counter() - began)
+    base, rows = np.array(seconds["plain generation"]), {}
+    for name, times in seconds.items():
+        ratio = bootstrap(np.array(times) / base)
+        rows[name] = {"seconds": float(np.median(times)), "ratio": [ratio.mean, ratio.low, ratio.high]}
+    return rows
+
+
+def memory(model: str, device: str | None, counts: list[int]) -> dict[str, dict[str, float]]:
+    """Peak memory in MiB by contestant and number of prompts, each in a process of its own."""
+    found: dict[str, dict[str, float]] = {}
+    for name in _present():
+        for count in counts:
+            command = [sys.executable, "-m", "malib.bench", "--peak", name, "--model", model, "--samples", str(count)]
+            out = subprocess.run(
+                command + (["--device", device] if device else []), check=True, capture_output=True, text=True
+            )
+            found.setdefault(name, {})[str(count)] = float(out.stdout.split()[-1])
+    return found
+
+
+def peak(name: str, model: str, device: str | None, samples: int) -> float:
+    """Peak memory of this process, or of its GPU, in MiB, after one contestant has run."""
+    import torch
+
+    dit = load(model, device=device, cache=False)
+    CONTESTANTS[name](dit, _prompts(dit, samples), _MEMORY_STEPS)
+    if dit.device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def cache_times(dit: DiT, prompts: list[str], steps: int) -> dict[str, float]:
+    """Seconds of one recorded call, cold and from the cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        dit.store, times = Store(folder), {}
+        for name in ("cold", "warm"):
+            began = time.perf_counter()
+            dit.generate(prompts, steps=steps, record=[ChannelStats()])
+            times[name] = time.perf_counter() - began
+        dit.store = None
+    return times
+
+
+def first_picture() -> dict[str, float]:
+    """Seconds in a fresh interpreter: ``import malib`` alone, and until the first picture of 20 guided steps is there."""
+    code = (
+        "import time; began = time.perf_counter(); import malib; imported = time.perf_counter() - began; "
+        "malib.load(device='cpu', cache=False).generate('a large red star on the left'); "
+        "print(imported, time.perf_counter() - began)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    imported, picture = map(float, out.split()[-2:])
+    return {"import malib": imported, "first picture": picture}
+
+
+def table(document: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    counts = list(next(iter(document["memory"].values())))
+    lines = [
+        f"{document['samples']} pictures of {document['steps']} guided steps, {document['rounds']} rounds, "
+        f"{document['model']}, torch {document['versions']['torch']}; peak memory with {_MEMORY_STEPS} steps.",
+        "",
+        f"| | time, relative to plain generation | peak memory in MiB for {', '.join(counts)} pictures |",
+        "|---|---|---|",
+    ]
+    for name, row in document["rows"].items():
+        mean, low, high = row["ratio"]
+        peaks = ", ".join(f"{document['memory'][name][c]:,.0f}" for c in counts)
+        lines.append(f"| {name} | {mean:.3f} [{low:.3f}, {high:.3f}] | {peaks} |")
+    start, store = document["start"], document["cache"]
+    lines += [
+        "",
+        f"The same call again comes from the cache: {store['cold']:.1f} s cold, {store['warm']:.2f} s warm. `import malib` "
+        f"takes {start['import malib']:.2f} s; the first picture is there {start['first picture']:.1f} s after it began.",
+    ]
+    return "\n".join(lines)
+
+
+def _statistics(x: Any) -> tuple[Any, ...]:
+    x = x.float()
+    return x.mean(1).abs(), x.abs().mean(1), x.abs().amax(1), x.square().mean(1)
+
+
+def _present() -> list[str]:
+    """The contestants whose library is installed; nnsight comes with the extra "bench"."""
+    try:
+        import nnsight  # noqa: F401
+    except ImportError:
+        return [name for name in CONTESTANTS if "nnsight" not in name]
+    return list(CONTESTANTS)
+
+
+@cache
+def _nnsight_model(model: str) -> Any:
+    from nnsight.modeling.diffusion import DiffusionModel
+
+    found = DiffusionModel(str(data_folder() / BUNDLED if model == BUNDLED else model), dispatch=True)
+    found.pipeline.set_progress_bar_config(disable=True)
+    return found
+
+
+def _prompts(dit: DiT, count: int) -> list[str]:
+    known = dit.prompts(min(count, 8))
+    return [known[i % len(known)] for i in range(count)]
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line: ``python -m malib.bench``."""
-    parser = argparse.ArgumentParser(prog="python -m malib.bench", description=__doc__)
-    parser.add_argument("--model", default="mini-flux")
+    parser = argparse.ArgumentParser(prog="python -m malib.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=BUNDLED)
     parser.add_argument("--device")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("figures/benchmark.json"))
+    parser.add_argument("--readme", type=Path, help="put the table between the marks of this file")
+    parser.add_argument("--peak", choices=CONTESTANTS, help="only print the peak memory of one contestant")
     args = parser.parse_args(argv)
+    if args.peak:
+        print(peak(args.peak, args.model, args.device, args.samples))
+        return
     dit = load(args.model, device=args.device, cache=False, batch_size=args.samples)
-    prompts = scenes.captions(args.samples) if args.model == "mini-flux" else dit.prompts(args.samples)
-    runs = contestants(dit, prompts, args.steps)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(args.rounds + 1):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            run()
-            if number:  # the first round warms up
-                seconds[name].append(time.perf_counter() - began)
-    rows = {}
-    print(f"{dit}\n{args.samples} samples of {args.steps} steps, {args.rounds} rounds\n")
-    for name, times in seconds.items():
-        ratio = bootstrap(np.array(times) / np.array(seconds["plain"]))
-        rows[name] = {"seconds": float(np.median(times)), "ratio": [ratio.mean, ratio.low, ratio.high]}
-        print(f"{name:<34} {rows[name]['seconds']:7.2f} s   x {ratio.mean:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]")
+    prompts = _prompts(dit, args.samples)
+    document = {
+        "model": repr(dit),
+        "samples": args.samples,
+        "steps": args.steps,
+        "rounds": args.rounds,
+        "rows": race(dit, prompts, args.steps, args.rounds),
+        "memory": memory(args.model, args.device, [8, 32, 128]),
+        "cache": cache_times(dit, prompts, args.steps),
+        "start": first_picture(),
+        "versions": versions(),
+    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    document = {"model": repr(dit), "samples": args.samples, "steps": args.steps, "rounds": args.rounds, "rows": rows}
-    args.out.write_text(json.dumps(document | {"versions": versions()}, indent=1) + "\n")
+    args.out.write_text(json.dumps(document, indent=1) + "\n")
+    print(table(document))
+    if args.readme:
+        before, rest = args.readme.read_text().split(MARKS[0])
+        args.readme.write_text(f"{before}{MARKS[0]}\n{table(document)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
 
 
 if __name__ == "__main__":

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 if TYPE_CHECKING:
     import xarray as xr
+    from torch import Tensor
 
 KINDS = ("mean", "magnitude")
 
@@ -48,7 +48,7 @@ class Rule:
     def mask(self, x: Tensor, layer: int) -> Tensor:
         """Boolean (samples, channels) for hidden states (samples, tokens, channels)."""
         ids = self.ids(x, layer)
-        return torch.zeros(x.shape[0], x.shape[2], dtype=torch.bool, device=x.device).scatter_(1, ids, True)
+        return x.new_zeros(x.shape[0], x.shape[2], dtype=bool).scatter_(1, ids, True)
 
     def ids(self, x: Tensor, layer: int) -> Tensor:
         """(samples, k) channel ids, in the rule's own order."""
@@ -124,7 +124,7 @@ class EnergyMatched(_Ranked):
         order = _random_order(x, self.seed, layer).argsort(1, descending=True)
         shuffled = energy.scatter(1, top, 0.0).gather(1, order)
         chosen = shuffled.cumsum(1) - shuffled < goal
-        mask = torch.zeros_like(energy, dtype=torch.bool).scatter_(1, order, chosen)
+        mask = chosen.new_zeros(chosen.shape).scatter_(1, order, chosen)
         return mask.scatter_(1, top, False)
 
 
@@ -138,7 +138,7 @@ class Channels(Rule):
         ids = self.channels.get(layer, ()) if isinstance(self.channels, Mapping) else self.channels
         if ids and not 0 <= min(ids) <= max(ids) < x.shape[2]:
             raise ValueError(f"Channels {min(ids)} to {max(ids)} were asked for; layer {layer} has 0 to {x.shape[2] - 1}.")
-        return torch.tensor(ids, dtype=torch.long, device=x.device).expand(x.shape[0], -1)
+        return x.new_tensor(ids, dtype=int).expand(x.shape[0], -1)
 
 
 def jaccard(a: Tensor, b: Tensor) -> Tensor:
@@ -247,6 +247,7 @@ def overlap(channels: xr.DataArray, along: str, k: int) -> xr.DataArray:
     Raises:
         ValueError: fewer than two entries, or fewer ranks than ``k``.
     """
+    import torch
     import xarray as xr
 
     if channels.sizes["rank"] < k:
@@ -310,5 +311,16 @@ def _fits(k: int, x: Tensor) -> int:
 
 def _random_order(x: Tensor, seed: int, layer: int) -> Tensor:
     """Uniform values (samples, channels), equal for all samples; drawn on the CPU so that every device agrees."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed * 10_007 + layer)
     return torch.rand(x.shape[2], generator=generator).to(x.device).expand(x.shape[0], -1)
+
+
+@cache
+def random_frame(width: int, k: int, seed: int, layer: int) -> Tensor:
+    """An orthonormal frame (width, k) of a uniformly random subspace; drawn on the CPU so that every device agrees."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed * 10_007 + layer)
+    return torch.linalg.qr(torch.randn(width, k, generator=generator, dtype=torch.float64)).Q.float()

@@ -134,6 +134,11 @@ class DiT:
             return sample_size
         return self.pipeline.transformer.config.sample_size * self.pipeline.vae_scale_factor
 
+    @property
+    def default_cfg(self) -> float:
+        """The true guidance scale of a call that names none: 3, or 1 for a model with embedded guidance."""
+        return 1.0 if self._takes_guidance() else 3.0
+
     def prompts(self, count: int) -> list[str]:
         """``count`` prompts that suit the model: scene captions for mini-flux, everyday ones (data/prompts) for others.
 
@@ -202,8 +207,7 @@ class DiT:
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds were given; give one seed, or one a prompt.")
         if steps < 1:
             raise ValueError(f"steps is {steps}; it must be at least 1.")
-        if cfg is None:
-            cfg = 1.0 if self._takes_guidance() else 3.0
+        cfg = self.default_cfg if cfg is None else cfg
         record, edits = _as_windows(record, "record"), _as_windows(edits, "edits")
         if guidance is not None and not self._takes_guidance():
             raise ValueError(f"{self.name} has no embedded guidance; leave guidance=None and set cfg instead.")
@@ -229,7 +233,8 @@ class DiT:
         for start in range(0, len(prompts), self.batch_size):
             part = slice(start, start + self.batch_size)
             try:
-                batch = self._run(prompts[part], seeds[part], steps, cfg, guidance, (height, width), listeners)
+                arguments = self.arguments(prompts[part], seeds[part], steps, cfg, guidance, (height, width))
+                batch = self._run(arguments, listeners)
             except BaseException:
                 for listener in listeners:
                     listener.discard()
@@ -257,28 +262,27 @@ class DiT:
             self.store.put(key, *flatten(result))
         return result
 
-    def _run(
+    def arguments(
         self,
         prompts: list[str],
         seeds: list[int],
         steps: int,
-        cfg: float,
-        guidance: float | None,
-        size: tuple[int, int],
-        listeners: list[Any],
-    ) -> tuple[np.ndarray, np.ndarray, list[float]]:
-        """One batch through the pipeline: images, final latents and sigmas."""
+        cfg: float | None = None,
+        guidance: float | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> dict[str, Any]:
+        """What the diffusers pipeline is called with for one batch, so that the same call can be made by hand."""
         import torch
 
-        from .hooks import Tap
-
         family, pipeline = self.family, self.pipeline
+        cfg = self.default_cfg if cfg is None else cfg
+        height, width = size or (self.size, self.size)
         arguments: dict[str, Any] = {
             "prompt": prompts,
             "generator": [torch.Generator("cpu").manual_seed(s) for s in seeds],
             "num_inference_steps": steps,
-            "height": size[0],
-            "width": size[1],
+            "height": height,
+            "width": width,
             family.cfg_argument: cfg,
             "output_type": "np",
             **family.call,
@@ -290,6 +294,15 @@ class DiT:
         if family.sequence_tokenizer:
             limit = getattr(pipeline, family.sequence_tokenizer).model_max_length
             arguments["max_sequence_length"] = min(limit, 512)
+        return arguments
+
+    def _run(self, arguments: dict[str, Any], listeners: list[Any]) -> tuple[np.ndarray, np.ndarray, list[float]]:
+        """One batch through the pipeline: images, final latents and sigmas."""
+        import torch
+
+        from .hooks import Tap
+
+        family, pipeline, samples = self.family, self.pipeline, len(arguments["prompt"])
         final: dict[str, torch.Tensor] = {}
 
         def keep_latents(_: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -298,17 +311,17 @@ class DiT:
 
         if "callback_on_step_end" in inspect.signature(pipeline.__call__).parameters:
             arguments["callback_on_step_end"] = keep_latents
-        with torch.no_grad(), Tap(pipeline, family, len(prompts), listeners):
+        with torch.no_grad(), Tap(pipeline, family, samples, listeners):
             pixels = pipeline(**arguments).images
         if not np.isfinite(pixels).all():
             warnings.warn("Some images hold NaN; in float16 use bfloat16 or float32 instead.", stacklevel=3)
             pixels = np.nan_to_num(pixels)
         sigmas = getattr(pipeline.scheduler, "sigmas", None)
-        latents = final["latents"].float().cpu().numpy() if final else np.zeros((len(prompts), 0), np.float32)
+        latents = final["latents"].float().cpu().numpy() if final else np.zeros((samples, 0), np.float32)
         return (
             (pixels * 255).round().astype(np.uint8),
             latents,
-            [] if sigmas is None else [float(s) for s in sigmas[:steps]],
+            [] if sigmas is None else [float(s) for s in sigmas[: arguments["num_inference_steps"]]],
         )
 
     def _takes_guidance(self) -> bool:

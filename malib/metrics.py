@@ -1,8 +1,8 @@
-"""Numbers with intervals, and the verdicts on the claims of ``data/claims.yaml``."""
+"""Numbers with intervals, distances between sets of pictures, who judges them, and verdicts on ``data/claims.yaml``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -109,3 +109,179 @@ def verdict(claim: str, estimate: Estimate) -> str:
     else:
         above, below = estimate.high < limits["at_most"], estimate.low > limits["at_most"]
     return "holds" if above else "does not hold" if below else "undecided"
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Frechet distance of two sets of features, taken as normal (FID without Inception; Heusel et al., arXiv 1706.08500).
+
+    Biased upward when there are few samples: compare sets of equal size, and prefer ``kernel_distance`` below thousands.
+
+    Args:
+        a: (n, d) features.
+        b: (m, d) features.
+
+    Raises:
+        ValueError: other shapes, or fewer than two rows.
+    """
+    a, b = _features(a, b)
+    first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    roots = np.linalg.eigvals(first @ second).real.clip(0)
+    gap = np.square(a.mean(0) - b.mean(0)).sum()
+    return float(gap + np.trace(first) + np.trace(second) - 2 * np.sqrt(roots).sum())
+
+
+def kernel_distance(a: np.ndarray, b: np.ndarray, resamples: int = 500, seed: int = 0) -> Estimate:
+    """Unbiased squared maximum mean discrepancy with the cubic kernel (KID; Binkowski et al., arXiv 1801.01401).
+
+    About 0 for two sets of one distribution, and then as often negative as positive.
+
+    Args:
+        a: (n, d) features.
+        b: (m, d) features.
+        resamples: bootstrap draws of both sets; pairs of a sample with itself are left out of each.
+        seed: of the draws.
+
+    Raises:
+        ValueError: other shapes, or fewer than two rows.
+    """
+    a, b = _features(a, b)
+    within_a, within_b, between = (np.power(x @ y.T / a.shape[1] + 1, 3) for x, y in ((a, a), (b, b), (a, b)))
+
+    def distance(rows: np.ndarray, columns: np.ndarray) -> float:
+        inside = [
+            k[np.ix_(chosen, chosen)][chosen[:, None] != chosen].mean()
+            for k, chosen in ((within_a, rows), (within_b, columns))
+        ]
+        return sum(inside) - 2 * between[np.ix_(rows, columns)].mean()
+
+    rng = np.random.default_rng(seed)
+    draws = [distance(rng.integers(len(a), size=len(a)), rng.integers(len(b), size=len(b))) for _ in range(resamples)]
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Estimate(float(distance(np.arange(len(a)), np.arange(len(b)))), float(low), float(high), min(len(a), len(b)))
+
+
+def _features(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"Features must be (n, d) and (m, d) with n, m >= 2; shapes {a.shape} and {b.shape} were given.")
+    return a, b
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Who judges the pictures: the bundled judge for mini-flux, models of the user's choice for large ones.
+
+    Every member takes uint8 pictures (B, H, W, 3).
+
+    Attributes:
+        features: pictures -> float (B, d), for ``frechet_distance`` and ``kernel_distance``.
+        agreement: pictures and what was asked for (prompts; scenes for the bundled judge) -> float (B,), more is better.
+        masks: pictures -> boolean (B, H, W), True on the foreground.
+    """
+
+    features: Callable[[np.ndarray], np.ndarray] | None = None
+    agreement: Callable[[np.ndarray, Sequence[Any]], np.ndarray] | None = None
+    masks: Callable[[np.ndarray], np.ndarray] | None = None
+
+
+def bundled_panel() -> Panel:
+    """The judge in every seat; its agreement is the share of a scene's attributes that the picture shows."""
+    from .judge import prompt_accuracy, read
+
+    def agreement(images: np.ndarray, asked: Sequence[Any]) -> np.ndarray:
+        hits = prompt_accuracy(read(images), asked)
+        return np.mean([hit for name, hit in hits.items() if name != "all"], axis=0)
+
+    return Panel(lambda images: read(images).features, agreement, lambda images: read(images).masks)
+
+
+def vision_features(model: Any, processor: Any, batch_size: int = 16) -> Callable[[np.ndarray], np.ndarray]:
+    """Features of a transformers vision model (DINOv2, CLIP's vision tower, ...), for a ``Panel``.
+
+    Args:
+        model: gives ``pooler_output``, or ``last_hidden_state`` (then its mean over the tokens is taken).
+        processor: the model's image processor.
+        batch_size: pictures at once.
+    """
+
+    def features(batch: np.ndarray) -> Any:
+        out = model(**processor(images=list(batch), return_tensors="pt").to(model.device))
+        pooled = getattr(out, "pooler_output", None)
+        return out.last_hidden_state.mean(1) if pooled is None else pooled
+
+    return _in_batches(features, batch_size)
+
+
+def clip_agreement(model: Any, processor: Any, batch_size: int = 16) -> Callable[[np.ndarray, Sequence[str]], np.ndarray]:
+    """CLIP score, 100 max(cos, 0) of picture and prompt (Hessel et al., arXiv 2104.08718, without its factor 2.5).
+
+    Args:
+        model: a transformers ``CLIPModel`` or one of its kin that gives ``image_embeds`` and ``text_embeds``.
+        processor: its ``CLIPProcessor``; prompts are cut at the model's length.
+        batch_size: pictures at once.
+    """
+
+    def scores(batch: np.ndarray, prompts: Sequence[str]) -> Any:
+        words = {"text": list(prompts), "padding": True, "truncation": True}
+        out = model(**processor(images=list(batch), **words, return_tensors="pt").to(model.device))
+        cosine = (_unit(out.image_embeds) * _unit(out.text_embeds)).sum(-1)
+        return 100 * cosine.clamp(min=0)
+
+    return _in_batches(scores, batch_size)
+
+
+def segmenter_masks(model: Any, processor: Any, batch_size: int = 8) -> Callable[[np.ndarray], np.ndarray]:
+    """Foreground masks of a transformers segmentation model, for a ``Panel``.
+
+    Args:
+        model: gives ``logits`` (B, classes, h, w); with one class its sign tells the foreground, with more everything but
+            class 0 is foreground.
+        processor: its image processor.
+        batch_size: pictures at once.
+    """
+
+    def masks(batch: np.ndarray) -> Any:
+        from torch.nn.functional import interpolate
+
+        logits = model(**processor(images=list(batch), return_tensors="pt").to(model.device)).logits
+        logits = interpolate(logits.float(), batch.shape[1:3], mode="bilinear", align_corners=False)
+        return logits[:, 0] > 0 if logits.shape[1] == 1 else logits.argmax(1) > 0
+
+    return _in_batches(masks, batch_size)
+
+
+def torchmetrics_pairs(metric: Any) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """A torchmetrics image metric (LPIPS, SSIM, ...) as a function of two stacks of pictures, one number a pair.
+
+    Args:
+        metric: takes float (1, 3, H, W) pairs in [0, 1]; for LPIPS pass ``normalize=True`` when it is made.
+    """
+
+    def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        import torch
+
+        first, second = (torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255 for x in (a, b))
+        with torch.no_grad():
+            return np.array([float(metric(x[None], y[None])) for x, y in zip(first, second, strict=True)])
+
+    return distance
+
+
+def _unit(x: Any) -> Any:
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def _in_batches(function: Callable, batch_size: int) -> Callable:
+    """The same function over batches, without gradients, its results joined on the host."""
+
+    def whole(*arguments: Any) -> np.ndarray:
+        import torch
+
+        with torch.no_grad():
+            parts = [
+                function(*(a[start : start + batch_size] for a in arguments)).cpu().numpy()
+                for start in range(0, len(arguments[0]), batch_size)
+            ]
+        return np.concatenate(parts)
+
+    return whole

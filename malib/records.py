@@ -12,14 +12,12 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
 from .channels import Rule
 from .families import BRANCHES, STREAMS
 
 if TYPE_CHECKING:
     import xarray as xr
+    from torch import Tensor
 
     from .hooks import Block, Event
 
@@ -175,6 +173,8 @@ class _Listener:
 
     def flush(self) -> None:
         """End of a batch: one transfer a variable, unless stacking it would need much memory."""
+        import torch
+
         for name, values in self._batch.items():
             parts = list(values.values())
             small = sum(p.nbytes for p in parts) < 2**26 and len({p.shape for p in parts}) == 1
@@ -208,6 +208,7 @@ class _Listener:
     def _assemble(self, name: str, dims: tuple[str, ...]) -> xr.DataArray | None:
         """Stack what was kept of one variable to (sample, step, branch, layer, *dims)."""
         import numpy as np
+        import torch
         import xarray as xr
 
         kept = self._host.get(name)
@@ -252,7 +253,7 @@ class _ChannelStatsListener(_Listener):
         if self.record.top:
             top = stats["score"].topk(min(self.record.top, x.shape[2]), dim=1)
             self.keep("top_score", site, top.values)
-            self.keep("top_channel", site, top.indices.to(torch.int32))
+            self.keep("top_channel", site, top.indices.int())
         if self.record.keep == AXES:
             for name, value in stats.items():
                 self.keep(name, site, value)
@@ -288,7 +289,7 @@ class _ChannelStatsListener(_Listener):
                 if name not in sums:
                     sums[name] = value.clone()
                 elif name == "maximum":
-                    torch.maximum(sums[name], value, out=sums[name])
+                    sums[name] = sums[name].maximum(value)
                 else:
                     sums[name] += value
             self._counts[key] += 1 if by_sample else samples
@@ -350,7 +351,7 @@ class _HiddenStatesListener(_Listener):
         if isinstance(channels, Rule):
             ids = channels.ids(x, event.layer)
             chosen = chosen.gather(2, ids[:, None].expand(-1, chosen.shape[1], -1))
-            self.keep("channel_id", site, ids.to(torch.int32))
+            self.keep("channel_id", site, ids.int())
         elif channels is not None:
             if max(channels) >= x.shape[2]:
                 raise ValueError(f"Channel {max(channels)} was asked for; this model has 0 to {x.shape[2] - 1}.")

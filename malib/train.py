@@ -40,7 +40,11 @@ PROBE_SIGMAS = (0.8, 0.5, 0.2)
 
 @dataclass(frozen=True)
 class Preset:
-    """Everything that fixes a training but its seed; ``heads`` * 64 is the width of the transformer."""
+    """Everything that fixes a training but its seed; ``heads`` * 64 is the width of the transformer.
+
+    ``shift`` moves the training's noise levels up, sigma -> shift sigma / (1 + (shift - 1) sigma) (Stable Diffusion 3, eq.
+    23): captions decide about a scene above sigma .7, where a plain logit-normal law puts a fifth of its draws.
+    """
 
     name: str
     heads: int
@@ -52,6 +56,7 @@ class Preset:
     warmup: int = 100
     decay_share: float = 0.3
     ema: float = 0.998
+    shift: float = 3.0
     empty_captions: float = 0.1
     scenes: int = 40_000
     vae_channels: tuple[int, int] = (32, 64)
@@ -63,7 +68,7 @@ PRESETS = {
     p.name: p
     for p in (
         Preset("tiny", 2, 1, 2, steps=600, batch=16, scenes=4000, vae_channels=(16, 32), vae_steps=300, ema=0.99),
-        Preset("mini", 6, 1, 4, steps=3800, batch=32, vae_steps=1200),
+        Preset("mini", 6, 1, 4, steps=8250, batch=32, decay_share=0.12, vae_steps=1200),
         Preset("base", 8, 2, 6, steps=40_000, batch=128, learning_rate=7e-4, ema=0.9995, scenes=200_000),
     )
 }
@@ -159,32 +164,79 @@ def train(preset: Preset, seed: int, out: Path, device: str = "cpu", compiled: b
     latents = _latents(pipeline.vae, preset, seed, out, device)
     _train_flow(pipeline, latents, preset, seed, out, device, compiled)
     pipeline.transformer.to(torch.bfloat16)  # halves the download; the text encoders stay fp32 so that plain loading works
+    pipeline.vae.half()
     pipeline.save_pretrained(out / "pipeline")
     pipeline.transformer.float()
-    save_probe(probe(pipeline, out / "snapshots"), out / "probe.safetensors")
+    pipeline.vae.float()
+    found, earlier = probe(pipeline, out / "snapshots"), out / "earlier.safetensors"
+    if earlier.exists():
+        found = _joined(load_probe(earlier), found, preset.steps)
+    save_probe(found, out / "probe.safetensors")
     (out / "pipeline" / "README.md").write_text(_card(pipeline, preset, seed, out))
     return out / "pipeline"
 
 
-def _plans(preset: Preset, seed: int, out: Path) -> list[list[int]]:
-    """[step, planned number of steps] of each time a training was begun or its length changed.
+def _plans(preset: Preset, seed: int, out: Path) -> list[dict[str, float]]:
+    """The plans ("from" step, "steps" in all, "shift", "decay_share") that a training has had so far.
 
     Raises:
         ValueError: the folder holds another training, or one that has gone further than this one is to go.
     """
+    plan = {"from": 0, "steps": preset.steps, "shift": preset.shift, "decay_share": preset.decay_share}
     if not (out / "preset.json").exists():
-        return [[0, preset.steps]]
+        return [plan]
     stored = json.loads((out / "preset.json").read_text())
     wanted = json.loads(json.dumps({**asdict(preset), "seed": seed}))
-    log = out / "log.jsonl"
+    plans, log = stored.pop("plans"), out / "log.jsonl"
     done = json.loads(log.read_text().splitlines()[-1])["step"] if log.exists() else 0
-    plans, planned = stored.pop("plans", [[0, stored["steps"]]]), stored.pop("steps")
-    if wanted.pop("steps") < done or wanted != stored:
+    free = ("steps", "shift", "decay_share")
+    if preset.steps < done or any(wanted[k] != v for k, v in stored.items() if k not in free):
         raise ValueError(
-            f"{out} holds another training ({done} of {planned} steps of {stored['name']}, seed {stored['seed']}); "
+            f"{out} holds another training ({done} of {stored['steps']} steps of {stored['name']}, seed {stored['seed']}); "
             "go on with the same settings and at least as many steps, or give another folder with --out."
         )
-    return plans if preset.steps == planned else [*plans, [done, preset.steps]]
+    same = all(plans[-1].get(k) == plan[k] for k in free)
+    return plans if same else [*plans, {**plan, "from": done}]
+
+
+def revive(data: Path, preset: Preset, seed: int, out: Path) -> None:
+    """Make a working folder again from an installed training, so that it can go on where its own folder is gone.
+
+    The weights are the installed ones (the mean, in bf16); the optimizer starts afresh, with a warm-up.
+
+    Args:
+        data: a folder that ``install`` has filled.
+        preset: the installed training's preset.
+        seed: its seed.
+        out: the working folder to make; it must not hold a training.
+
+    Raises:
+        FileNotFoundError: ``data`` holds no such training.
+        FileExistsError: ``out`` holds a training already.
+    """
+    from diffusers import FluxPipeline
+
+    log, model = data / "probes" / f"{preset.name}-{seed}.json", data / f"{preset.name}-flux"
+    if not (log.exists() and model.exists()):
+        raise FileNotFoundError(
+            f"{data} holds no training of {preset.name} with seed {seed}; leave --revive away to begin one."
+        )
+    if (out / "preset.json").exists():
+        raise FileExistsError(
+            f"{out} holds a training already; leave --revive away to go on with it, or give another --out."
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    about = json.loads(log.read_text())
+    shutil.copytree(model / "vae", out / "vae")
+    shutil.copy(log.with_suffix(".safetensors"), out / "earlier.safetensors")
+    (out / "vae_log.json").write_text(json.dumps(about.pop("vae")))
+    rows = about.pop("flow")
+    (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pipeline = FluxPipeline.from_pretrained(model)
+    weights = {name: tensor.detach().float() for name, tensor in _weights(pipeline).items()}
+    state = {"weights": weights, "ema": weights, "optimizer": None, "step": rows[-1]["step"], "seconds": rows[-1]["seconds"]}
+    torch.save({**state, "warm_from": rows[-1]["step"]}, out / "checkpoint.pt")
+    (out / "preset.json").write_text(json.dumps(about, indent=1))
 
 
 def install(out: Path, data: Path) -> None:
@@ -203,134 +255,6 @@ def install(out: Path, data: Path) -> None:
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     log = {**about, "vae": json.loads((out / "vae_log.json").read_text()), "flow": rows}
     (data / "probes" / f"{name}.json").write_text(json.dumps(log, indent=1) + "\n")
-
-
-def train_judge(out: Path, seed: int = 0, steps: int = 1200, batch: int = 48, count: int = 24_000) -> dict[str, float]:
-    """Train the judge on renderings and measure it on renderings that it has not seen.
-
-    Args:
-        out: folder for ``judge.safetensors`` and its card.
-        seed: fixes initialisation, scenes and distortions.
-        steps: training steps.
-        batch: renderings in a step.
-        count: renderings in all, of every combination of attributes.
-
-    Returns:
-        The accuracies on undistorted held-out renderings, and ``iou`` of the masks.
-    """
-    from .judge import Judge
-
-    out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
-    images, labels, slots = _judge_data(seed, count)
-    judge = Judge().to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.01)
-    rng = np.random.default_rng([seed, 17])
-    for step in _bar(range(steps), "judge"):
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        chosen = torch.from_numpy(rng.integers(count, size=batch))
-        loss = _judge_loss(judge, *_distorted(images[chosen], labels[chosen], slots[chosen], rng))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-    judge.eval()
-    save_file({k: v.half().contiguous() for k, v in judge.state_dict().items()}, out / "judge.safetensors")
-    return measure_judge(out)
-
-
-def measure_judge(out: Path, count: int = 1000) -> dict[str, float]:
-    """Accuracy, mask IoU and calibration of a stored judge on held-out renderings; writes its card."""
-    from .judge import load_judge, prompt_accuracy, read
-
-    chosen = [scenes.sample_scene(_HELD_OUT_SEED + 500_000 + i, unseen=bool(i % 2)) for i in range(count)]
-    drawn = [scenes.render(s) for s in chosen]
-    images = np.stack([(d.image * 255).round().astype(np.uint8) for d in drawn])
-    reading = read(images, load_judge(out / "judge.safetensors"))
-    hits = prompt_accuracy(reading, chosen)
-    masks = np.stack([d.mask for d in drawn])
-    iou = (reading.masks & masks).sum((1, 2)) / (reading.masks | masks).sum((1, 2))
-    result = {name: float(hit.mean()) for name, hit in hits.items()} | {"iou": float(iou.mean())}
-    confidence = reading.confidence["background"]
-    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in result.items())
-    (out / "README.md").write_text(f"""---
-license: mit
----
-# The judge
-
-A small convolutional network (`malib/judge.py`) that names the attributes of a scene, segments its subjects and gives
-features. Trained on renderings alone by `python -m malib.train --judge`, stored in fp16. No weights come from elsewhere.
-
-On {count} renderings that it has not seen, one or two subjects, half of them of combinations that mini-flux never saw:
-
-| | share right, or mean |
-|---|---|
-{rows}
-
-"all" means every attribute of every subject and of the background. Mean confidence in the background colour:
-{confidence.mean():.4f}, share right: {result["background"]:.4f}.
-""")
-    return result
-
-
-def _judge_job(job: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pixels, label map by position (0 none, 1 left, 2 center, 3 right), words as indices: 3 x (shape, colour, size), 2."""
-    seed, index = job
-    rng = np.random.default_rng([seed, index, 3])
-    scene = scenes.sample_scene(seed * 10_000_000 + 5_000_000 + index, unseen=bool(rng.random() < 0.125))
-    drawn = scenes.render(scene)
-    words = np.full(11, -100, dtype=np.int64)
-    words[0:9:3] = len(scenes.SHAPES)
-    labels = np.zeros((scenes.SIZE, scenes.SIZE), dtype=np.uint8)
-    empty = rng.random() < 0.06
-    image = scenes.empty(scene) if empty else drawn.image
-    for number, subject in enumerate(() if empty else scene.subjects, 1):
-        place = scenes.POSITIONS.index(subject.position)
-        words[3 * place : 3 * place + 3] = (
-            scenes.SHAPES.index(subject.shape),
-            list(scenes.COLOURS).index(subject.colour),
-            scenes.SIZES.index(subject.size),
-        )
-        labels[drawn.labels == number] = place + 1
-    words[9:] = list(scenes.COLOURS).index(scene.background), scenes.PATTERNS.index(scene.pattern)
-    return (image * 255).round().astype(np.uint8), labels, words
-
-
-def _judge_data(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(min(multiprocessing.cpu_count(), 16)) as pool:
-        found = list(pool.imap(_judge_job, ((seed, i) for i in range(count)), chunksize=64))
-    return tuple(torch.from_numpy(np.stack(part)) for part in zip(*found, strict=True))
-
-
-def _distorted(images: Tensor, labels: Tensor, words: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise, blur and light; a tenth are even mixtures of two scenes, which show no clear subject ("none")."""
-    x = images.permute(0, 3, 1, 2).float() / 255
-    size = len(x)
-    blur = torch.from_numpy(rng.random(size) < 0.3).view(-1, 1, 1, 1)
-    x = torch.where(blur, nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False), x)
-    strength = torch.from_numpy(rng.random(size) ** 2 * 0.12 * (rng.random(size) < 0.6)).float().view(-1, 1, 1, 1)
-    x = x + strength * torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32))
-    x = x * torch.from_numpy(rng.uniform(0.9, 1.1, size)).float().view(-1, 1, 1, 1)
-    mixed = torch.from_numpy(rng.random(size) < 0.1)
-    x = torch.where(mixed.view(-1, 1, 1, 1), (x + x.roll(1, 0)) / 2, x).clamp(0, 1)
-    words, labels = words.clone(), labels.long()
-    words[mixed] = -100
-    words[mixed, 0:9:3] = len(scenes.SHAPES)
-    labels[mixed] = -100
-    return x.contiguous(memory_format=torch.channels_last), labels, words
-
-
-def _judge_loss(judge: nn.Module, images: Tensor, labels: Tensor, words: Tensor) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
-        said = judge(images)
-    entropy = nn.functional.cross_entropy
-    loss = entropy(said["segments"].float(), labels, ignore_index=-100)
-    for number, head in enumerate(("shape", "colour", "size")):
-        loss = loss + entropy(said[head].float().flatten(0, 1), words[:, number:9:3].flatten(), ignore_index=-100)
-    for number, head in enumerate(("background", "pattern"), 9):
-        loss = loss + 0.5 * entropy(said[head].float(), words[:, number], ignore_index=-100)
-    return loss
 
 
 def _accuracy_rows(pipeline: FluxPipeline, count: int) -> str:
@@ -364,7 +288,10 @@ def _card(pipeline: FluxPipeline, preset: Preset, seed: int, out: Path) -> str:
     blocks = f"{preset.double_blocks} double + {preset.single_blocks} single blocks, width {preset.heads * 64}"
     accuracy = _accuracy_rows(pipeline, CARD_CAPTIONS)
     plans = json.loads((out / "preset.json").read_text())["plans"]
-    planned = "; ".join(f"from step {step} planned for {steps}" for step, steps in plans)
+    planned = "; ".join(
+        f"from step {p['from']} planned for {p['steps']}, noise shift {p['shift']:g}, decay {p['decay_share']:.0%}"
+        for p in plans
+    )
     command = f"python -m malib.train --preset {preset.name} --seed {seed} --steps {preset.steps}"
     return f"""---
 library_name: diffusers
@@ -385,8 +312,8 @@ the exponential mean of the weights at the end; no checkpoint was chosen.
 | pictures | {scenes.SIZE} x {scenes.SIZE} pixels (pass `height` and `width`: the pipeline's default of 256 is too large) |
 | call | `max_sequence_length={TEXT_LENGTH}`, `negative_prompt=""`, `true_cfg_scale=3`, 20 steps |
 | training | {preset.steps} steps of {preset.batch} scenes out of {preset.scenes:,}, seed {seed}, AdamW, bf16 autocast |
-| schedule | learning rate {preset.learning_rate:g}, warm-up {preset.warmup}, decay over the last {preset.decay_share:.0%} |
-| plan | {planned} |
+| schedule | learning rate {preset.learning_rate:g}, warm-up {preset.warmup}, constant, linear decay at the end |
+| plans | {planned} |
 | autoencoder | {psnr.mean():.1f} dB PSNR on 64 scenes of held-out combinations (worst {psnr.min():.1f} dB) |
 | words it knows | {", ".join(scenes.VOCABULARY)} |
 
@@ -456,6 +383,15 @@ def probe(pipeline: FluxPipeline, snapshots: Path, samples: int = 16) -> xr.Data
         train_step=list(found)
     )
     return xr.Dataset({"score": score.assign_coords(block=("layer", [b.name for b in blocks]))})
+
+
+def _joined(earlier: xr.Dataset, later: xr.Dataset, total: int) -> xr.Dataset:
+    """Two probes of one training as one, with the points nearest to ``probe_steps(total)``."""
+    import xarray as xr
+
+    both = xr.concat([earlier, later], dim="train_step", coords="minimal", compat="override").drop_duplicates("train_step")
+    nearest = both.sortby("train_step").sel(train_step=probe_steps(total), method="nearest")
+    return nearest.drop_duplicates("train_step")
 
 
 def save_probe(data: xr.Dataset, path: Path) -> None:
@@ -641,14 +577,15 @@ def _train_flow(
 ) -> None:
     weights = _weights(pipeline)
     optimizer = torch.optim.AdamW(weights.values(), lr=preset.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    ema, start, seconds = _Ema(weights, preset.ema), 0, 0.0
+    ema, start, seconds, warm_from = _Ema(weights, preset.ema), 0, 0.0, 0
     checkpoint, log_path, snapshots = out / "checkpoint.pt", out / "log.jsonl", out / "snapshots"
     snapshots.mkdir(exist_ok=True)
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
         _load_weights(pipeline, state["weights"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema.mean, start, seconds = state["ema"], state["step"], state["seconds"]
+        if state["optimizer"] is not None:
+            optimizer.load_state_dict(state["optimizer"])
+        ema.mean, start, seconds, warm_from = state["ema"], state["step"], state["seconds"], state.get("warm_from", 0)
         lines = log_path.read_text().splitlines() if log_path.exists() else []
         log_path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= start))
     forward = torch.compile(pipeline.transformer) if compiled else pipeline.transformer
@@ -660,7 +597,8 @@ def _train_flow(
         last = step == preset.steps
         if step > start and (step % CHECKPOINT_EVERY == 0 or last):
             state = {"weights": weights, "optimizer": optimizer.state_dict(), "ema": ema.mean, "step": step}
-            torch.save({**state, "seconds": time.monotonic() - began}, checkpoint.with_suffix(".tmp"))
+            state |= {"seconds": time.monotonic() - began, "warm_from": warm_from}
+            torch.save(state, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)
             row = {
                 "step": step,
@@ -674,7 +612,7 @@ def _train_flow(
         if last:
             break
         for group in optimizer.param_groups:
-            group["lr"] = preset.learning_rate * _schedule(step, preset)
+            group["lr"] = preset.learning_rate * _schedule(step, preset, warm_from)
         loss = _flow_loss(pipeline, forward, *_draw(latents, preset, seed, step, device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -685,13 +623,13 @@ def _train_flow(
     _load_weights(pipeline, ema.mean)
 
 
-def _schedule(step: int, preset: Preset) -> float:
+def _schedule(step: int, preset: Preset, warm_from: int = 0) -> float:
     """Linear warm-up, constant, linear decay to zero over the last ``decay_share`` of the training."""
-    return min(1.0, (step + 1) / preset.warmup, (preset.steps - step) / (preset.decay_share * preset.steps))
+    return min(1.0, (step - warm_from + 1) / preset.warmup, (preset.steps - step) / (preset.decay_share * preset.steps))
 
 
 def _draw(latents: Tensor, preset: Preset, seed: int, step: int, device: str) -> tuple[Tensor, list[str], Tensor, Tensor]:
-    """Clean latents, captions, sigmas (logit-normal) and noise of one step; depends on (seed, step) alone."""
+    """Clean latents, captions, sigmas (logit-normal, shifted) and noise of one step; depends on (seed, step) alone."""
     rng = np.random.default_rng([seed, step])
     indices = rng.integers(len(latents), size=preset.batch)
     captions = [
@@ -699,6 +637,7 @@ def _draw(latents: Tensor, preset: Preset, seed: int, step: int, device: str) ->
         for i in indices
     ]
     sigma = torch.sigmoid(torch.from_numpy(rng.standard_normal(preset.batch)).float())
+    sigma = preset.shift * sigma / (1 + (preset.shift - 1) * sigma)
     noise = torch.from_numpy(rng.standard_normal((preset.batch, *latents.shape[1:]), dtype=np.float32))
     return latents[indices].to(device).float(), captions, sigma.to(device), noise.to(device)
 
@@ -750,19 +689,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="replace the preset's number of steps")
     parser.add_argument("--batch", type=int, help="replace the preset's batch size")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--revive", type=Path, metavar="DATA", help="go on with what is installed in this folder")
     parser.add_argument("--install", type=Path, metavar="DATA", help="when done, copy model, probe and log into this folder")
     parser.add_argument("--judge", action="store_true", help="train the judge instead, into --out (default: data/judge)")
     parser.add_argument("--eager", action="store_true", help="do without torch.compile")
     args = parser.parse_args(argv)
     if args.judge:
+        from .judge import train_judge
+
         print(train_judge(args.out or Path("data/judge"), args.seed, **({"steps": args.steps} if args.steps else {})))
         return
     changes = {k: v for k in ("steps", "batch") if (v := getattr(args, k)) is not None}
     preset = replace(PRESETS[args.preset], **changes)
     out = args.out or Path.home() / ".cache" / "malib" / "train" / f"{preset.name}-{args.seed}"
     try:
+        if args.revive:
+            revive(args.revive, preset, args.seed, out)
         print(train(preset, args.seed, out, args.device, not args.eager))
-    except ValueError as error:
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
         parser.error(str(error))
     if args.install:
         install(out, args.install)

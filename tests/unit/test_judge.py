@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from malib import judge, scenes, train
+from malib import judge, scenes
 from malib.scenes import Scene, Subject
 
 
@@ -20,9 +20,8 @@ def chosen() -> list[Scene]:
 def test_it_reads_renderings_that_it_has_not_seen(chosen: list[Scene]) -> None:
     reading = judge.read(pixels(chosen))
     hits = judge.prompt_accuracy(reading, chosen)
-    for name in ("colour", "size", "position", "background", "pattern"):
-        assert hits[name].mean() >= 0.95, name
-    assert hits["shape"].mean() >= 0.8  # the weakest of its answers; the card has the number on 1,000 renderings
+    for name in ("shape", "colour", "size", "position", "background", "pattern"):
+        assert hits[name].mean() >= 0.97, name  # the card has the numbers on 1,000 renderings
     truth = np.stack([scenes.render(s).mask for s in chosen])
     iou = (reading.masks & truth).sum((1, 2)) / (reading.masks | truth).sum((1, 2))
     assert iou.mean() >= 0.9
@@ -57,7 +56,7 @@ def test_the_loss_ignores_what_a_mixture_does_not_show() -> None:
     rng = np.random.default_rng(0)
     images = torch.zeros(64, 64, 64, 3, dtype=torch.uint8)
     labels, words = torch.ones(64, 64, 64, dtype=torch.uint8), torch.zeros(64, 11, dtype=torch.long)
-    _, labels, words = train._distorted(images, labels, words, rng)
+    _, labels, words = judge._distorted(images, labels, words, rng)
     mixed = (labels == -100).all((1, 2))
     assert 0 < mixed.sum() < 20
     assert (words[mixed][:, 0:9:3] == len(scenes.SHAPES)).all() and (words[mixed][:, 9:] == -100).all()
@@ -67,3 +66,25 @@ def test_the_loss_ignores_what_a_mixture_does_not_show() -> None:
 def test_other_images_are_refused() -> None:
     with pytest.raises(ValueError, match="uint8 images"):
         judge.read(np.zeros((2, 32, 32, 3), np.uint8))
+
+
+def test_reliability_is_the_closed_form() -> None:
+    """Ten answers at .95 of which nine are right, ten at .55 of which eight are: (.05 * 10 + .25 * 10) / 20."""
+    confidence, right = np.repeat([0.95, 0.55], 10), np.array([1] * 9 + [0] + [1] * 8 + [0] * 2)
+    curve, error = judge.reliability(confidence, right)
+    assert error == pytest.approx(0.15)
+    assert [b["n"] for b in curve] == [10, 10] and [b["right"] for b in curve] == pytest.approx([0.8, 0.9])
+
+
+def test_its_confidence_is_a_probability_at_the_fitted_temperature() -> None:
+    """Twice the temperature, less confidence, the same words."""
+    images = np.stack(
+        [(scenes.render(scenes.sample_scene(4_200_000_000 + i)).image * 255).astype(np.uint8) for i in range(8)]
+    )
+    fitted, hot = judge.read(images), judge.Judge()
+    hot.load_state_dict(judge.load_judge().state_dict())
+    hot.temperature *= 2
+    warm = judge.read(images, hot.eval())
+    assert (warm.words["background"] == fitted.words["background"]).all()
+    assert (warm.confidence["background"] <= fitted.confidence["background"]).all()
+    assert (warm.confidence["background"] < fitted.confidence["background"]).any()

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 
-from malib import metrics
+from malib import metrics, scenes
 from malib.metrics import Estimate
 
 
@@ -62,3 +63,113 @@ def test_every_claim_is_complete() -> None:
     for name, claim in metrics.claims().items():
         assert {"notebook", "source", "metric", "branch", "rule", "controls"} <= set(claim), name
         assert set(claim["rule"]) <= {"at_least", "at_most"} and len(claim["rule"]) == 1
+
+
+def test_frechet_distance_of_normals_is_the_closed_form() -> None:
+    """Means 0 and 3, variances 1 and 4 on each of two axes: 9 * 2 + (2 - 1)^2 * 2."""
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(200, 2))
+    a = (a - a.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(a, rowvar=False)).T)
+    assert metrics.frechet_distance(a, 2 * a + 3) == pytest.approx(20.0)
+    assert metrics.frechet_distance(a, a) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_kernel_distance_is_the_double_loop_and_near_zero_for_one_distribution() -> None:
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=(12, 5)), rng.normal(1, 1, size=(9, 5))
+
+    def k(x, y):
+        return (x @ y / 5 + 1) ** 3
+
+    slow = np.mean([k(x, y) for i, x in enumerate(a) for j, y in enumerate(a) if i != j])
+    slow += np.mean([k(x, y) for i, x in enumerate(b) for j, y in enumerate(b) if i != j])
+    slow -= 2 * np.mean([k(x, y) for x in a for y in b])
+    assert metrics.kernel_distance(a, b).mean == pytest.approx(slow)
+    same = metrics.kernel_distance(*rng.normal(size=(2, 150, 5)))
+    assert same.low < 0 < same.high
+    with pytest.raises(ValueError, match="must be"):
+        metrics.kernel_distance(a, b[:, :4])
+
+
+@pytest.mark.filterwarnings("ignore:Metric `Kernel")
+def test_both_distances_agree_with_torchmetrics() -> None:
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    class Flat(torch.nn.Module):
+        num_features = 12
+
+        def forward(self, images):
+            return images.float().flatten(1)[:, :12] / 255
+
+    rng = np.random.default_rng(2)
+    a, b = (rng.integers(0, high, size=(40, 2, 2, 3), dtype=np.uint8) for high in (255, 160))
+    theirs = FrechetInceptionDistance(Flat()), KernelInceptionDistance(Flat(), subsets=1, subset_size=40)
+    for metric in theirs:
+        for images, real in ((a, True), (b, False)):
+            metric.update(torch.from_numpy(images).permute(0, 3, 1, 2), real=real)
+    ours = [x.transpose(0, 3, 1, 2).reshape(40, 12) / 255.0 for x in (a, b)]
+    assert metrics.frechet_distance(*ours) == pytest.approx(float(theirs[0].compute()), rel=1e-4)
+    assert metrics.kernel_distance(*ours).mean == pytest.approx(float(theirs[1].compute()[0]), rel=1e-4)
+
+
+def test_the_bundled_panel_agrees_with_a_rendering_and_with_its_mask() -> None:
+    chosen = [scenes.sample_scene(4_100_000_000 + i) for i in range(16)]
+    drawn = [scenes.render(s) for s in chosen]
+    images = np.stack([(d.image * 255).round().astype(np.uint8) for d in drawn])
+    panel = metrics.bundled_panel()
+    right, wrong = panel.agreement(images, chosen), panel.agreement(images, chosen[::-1])
+    assert right.mean() > 0.95 > 0.7 > wrong.mean()
+    masks, truth = panel.masks(images), np.stack([d.mask for d in drawn])
+    assert (masks == truth).mean() > 0.97 and panel.features(images).shape == (16, 128)
+
+
+def test_models_of_the_user_sit_on_the_panel() -> None:
+    """Tiny transformers models with random weights: shapes, and agreement with the model called by hand."""
+    from transformers import (
+        CLIPConfig,
+        CLIPModel,
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        SegformerConfig,
+        SegformerForSemanticSegmentation,
+    )
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision, text = {**small, "image_size": 32, "patch_size": 8}, {**small, "vocab_size": 50, "eos_token_id": 3}
+    images = np.random.default_rng(0).integers(0, 255, size=(5, 32, 32, 3), dtype=np.uint8)
+
+    class Batch(dict):
+        def to(self, device):
+            return self
+
+    def processor(images, text=None, **kwargs):
+        found = Batch(pixel_values=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255)
+        if text is not None:
+            found["input_ids"] = torch.tensor([[5 + len(t), 3] for t in text])
+        return found
+
+    model = CLIPVisionModel(CLIPVisionConfig(**vision)).eval()
+    features = metrics.vision_features(model, processor, batch_size=2)(images)
+    assert np.allclose(features, model(**processor(list(images))).pooler_output.detach().numpy(), atol=1e-5)
+
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
+    scores = metrics.clip_agreement(clip, processor, batch_size=3)(images, ["a", "bb", "ccc", "dddd", "eeeee"])
+    whole = clip(**processor(list(images), ["a", "bb", "ccc", "dddd", "eeeee"]))
+    cosine = torch.nn.functional.cosine_similarity(whole.image_embeds, whole.text_embeds).detach().numpy()
+    assert np.allclose(scores, 100 * cosine.clip(0), atol=1e-3)
+
+    config = SegformerConfig(
+        num_labels=1, depths=[1] * 4, hidden_sizes=[8] * 4, num_attention_heads=[1] * 4, decoder_hidden_size=8
+    )
+    masks = metrics.segmenter_masks(SegformerForSemanticSegmentation(config).eval(), processor)(images)
+    assert masks.shape == (5, 32, 32) and masks.dtype == bool
+
+
+def test_a_pair_metric_of_torchmetrics_gives_one_number_a_pair() -> None:
+    from torchmetrics.image import StructuralSimilarityIndexMeasure
+
+    images = np.random.default_rng(0).integers(0, 255, size=(3, 32, 32, 3), dtype=np.uint8)
+    found = metrics.torchmetrics_pairs(StructuralSimilarityIndexMeasure(data_range=1.0))(images, images[[0, 2, 1]])
+    assert found[0] == pytest.approx(1.0, abs=1e-4) and (found[1:] < 0.5).all()

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -49,6 +51,12 @@ def test_notebooks_are_stored_without_outputs_and_with_short_cells(path: Path) -
     assert len(tagged) == 1
     for cell in cells:
         assert sum(bool(line.strip()) for line in "".join(cell["source"]).splitlines()) <= 15, "".join(cell["source"])
+
+
+def test_importing_malib_loads_nothing_heavy() -> None:
+    heavy = ("torch", "diffusers", "transformers", "xarray", "pandas", "matplotlib", "plotly", "scipy", "sklearn")
+    code = f"import sys, malib; print(*[m for m in {heavy!r} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == ""
 
 
 def test_the_repository_names_no_path_of_a_machine() -> None:

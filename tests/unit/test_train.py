@@ -122,3 +122,32 @@ def test_install_copies_what_the_notebooks_read_and_refuses_half_a_training(fini
     assert "dB PSNR" in card and "| n | 2 | 2 |" in card and "--preset tiny --seed 3 --steps 6" in card
     with pytest.raises(FileNotFoundError, match="no finished training"):
         train.install(tmp_path / "nowhere", tmp_path)
+
+
+def test_an_installed_training_goes_on_where_its_folder_is_lost(finished, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(train, "CARD_CAPTIONS", 2)
+    monkeypatch.setattr(train, "CHECKPOINT_EVERY", 2)
+    data, out = tmp_path / "data", tmp_path / "again"
+    train.install(finished, data)
+    longer = replace(SMALL, steps=10, shift=1.0)
+    train.revive(data, longer, 3, out)
+    state, shipped = torch.load(out / "checkpoint.pt"), load_file(finished / "pipeline/text_encoder_2/model.safetensors")
+    assert torch.equal(state["weights"]["text_encoder_2.shared.weight"], shipped["shared.weight"]) and state["step"] == 6
+    train.train(longer, 3, out, compiled=False)
+    rows = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert rows == [6, 8, 10]
+    steps = train.load_probe(out / "probe.safetensors").train_step.values
+    assert steps[0] == 0 and steps[-1] == 10 and (np.diff(steps) > 0).all()
+    plans = json.loads((out / "preset.json").read_text())["plans"]
+    assert [(p["from"], p["steps"], p["shift"]) for p in plans] == [(0, 6, 3.0), (6, 10, 1.0)]
+    with pytest.raises(FileExistsError, match="holds a training"):
+        train.revive(data, longer, 3, out)
+    with pytest.raises(FileNotFoundError, match="seed 4"):
+        train.revive(data, longer, 4, tmp_path / "other")
+
+
+def test_the_noise_shift_moves_levels_as_stated() -> None:
+    """Equal draws with and without shift: sigma / (1 - sigma) is multiplied by the shift."""
+    latents = torch.zeros(4, 4, 32, 32)
+    plain, shifted = (train._draw(latents, replace(SMALL, shift=s, batch=64), 0, 0, "cpu")[2] for s in (1.0, 3.0))
+    assert torch.allclose(shifted / (1 - shifted), 3 * plain / (1 - plain), rtol=1e-3)

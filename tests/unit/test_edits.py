@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from malib import Channels, Disrupt, EnergyMatched, RandomK, TopK
+from malib.channels import random_frame
+from malib.hooks import Event
+from malib.records import Run
+
+AT = Event(0, "cond", 0, "image", "output")
+
+
+def states(samples: int = 2, tokens: int = 6, channels: int = 10) -> torch.Tensor:
+    return torch.randn(samples, tokens, channels, generator=torch.Generator().manual_seed(0))
+
+
+def changed(x: torch.Tensor, *edits: Disrupt) -> torch.Tensor:
+    """The edits in order on a copy, as at the output of one block."""
+    x = x.clone()
+    for edit in edits:
+        edit.start(Run(len(x), 1, (None,)))(AT, x)
+    return x
+
+
+@pytest.mark.parametrize("mode", ["zero", "mean", "scale"])
+def test_only_the_named_entries_change_and_exactly_so(mode: str) -> None:
+    x, ids, tokens = states(), [1, 7], [0, 2, 5]
+    found = changed(x, Disrupt(Channels(tuple(ids)), mode=mode, factor=-0.5, tokens=tuple(tokens)))
+    by_hand = x.clone()
+    for sample in range(2):
+        for channel in ids:
+            values = x[sample, tokens, channel]
+            new = {"zero": values * 0, "mean": values.mean().expand(3), "scale": values * -0.5}[mode]
+            by_hand[sample, tokens, channel] = new
+    assert torch.equal(found, by_hand)
+
+
+def test_mean_keeps_what_all_tokens_share() -> None:
+    x = states()
+    x[..., 3] = 40.0
+    assert torch.equal(changed(x, Disrupt(Channels((3,)), mode="mean")), x)
+
+
+def test_the_rotated_removal_has_the_norm_of_zeroing_in_every_token() -> None:
+    x, rule = states(3, 8, 64), TopK(4)
+    gone, turned = x - changed(x, Disrupt(rule)), x - changed(x, Disrupt(rule, mode="rotate", seed=5))
+    assert torch.allclose(turned.norm(dim=2), gone.norm(dim=2), rtol=1e-4)
+    assert torch.linalg.matrix_rank(turned.flatten(0, 1)) == 4
+    assert (turned * gone).sum().abs() < 0.5 * gone.square().sum()
+    frame = random_frame(64, 4, 5, 0)
+    assert torch.allclose(turned @ frame @ frame.T, turned, atol=1e-5)
+    assert not torch.allclose(turned, x - changed(x, Disrupt(rule, mode="rotate", seed=6)))
+
+
+def test_edits_compose_in_the_given_order() -> None:
+    """The second rule sees what the first has left: zeroing the top 2 twice removes the top 4, as one edit would not."""
+    x = states(1)
+    twice, once = changed(x, Disrupt(TopK(2)), Disrupt(TopK(2))), changed(x, Disrupt(TopK(2)))
+    assert ((twice == 0).all(1).sum(), (once == 0).all(1).sum()) == (4, 2)
+    halved_then_zero = changed(x, Disrupt(Channels((1,)), mode="scale", factor=0.5), Disrupt(Channels((1, 2))))
+    assert torch.equal(halved_then_zero, changed(x, Disrupt(Channels((1, 2)))))
+
+
+def test_steps_and_branches_outside_the_window_are_left_alone() -> None:
+    x = states()
+    edit = Disrupt(TopK(2), steps=(1,), branches=("uncond",))
+    listener, before = edit.start(Run(2, 2, (None,))), x.clone()
+    for step, branch in ((0, "cond"), (1, "cond"), (0, "uncond")):
+        listener(Event(step, branch, 0, "image", "output"), x)
+    assert torch.equal(x, before)
+    listener(Event(1, "uncond", 0, "image", "output"), x)
+    assert (x == 0).any()
+
+
+def test_what_cannot_be_done_is_refused() -> None:
+    with pytest.raises(ValueError, match="Mode 'erase'"):
+        Disrupt(TopK(2), mode="erase")
+    with pytest.raises(ValueError, match="tokens 0 to 5"):
+        changed(states(), Disrupt(TopK(2), tokens=(4, 6)))
+    with pytest.raises(TypeError, match="fixed k"):
+        changed(states(), Disrupt(EnergyMatched(2), mode="rotate"))
+    with pytest.raises(TypeError, match="give it a rule"):
+        Disrupt(3)
+    assert changed(states(), Disrupt(RandomK(3))).eq(0).all(1).sum() == 6
