@@ -7,13 +7,14 @@ from .cache import Store
 from .channels import BottomK, Channels, EnergyMatched, RandomK, TopK
 from .dit import DiT, load
 from .edits import Disrupt
-from .generation import Comparison, Generation
-from .records import ChannelStats, Gates, HiddenStates
+from .generation import Comparison, Generation, Renoised
+from .records import ChannelStats, Clusters, Gates, HiddenStates
 
 __all__ = [
     "BottomK",
     "ChannelStats",
     "Channels",
+    "Clusters",
     "Comparison",
     "DiT",
     "Disrupt",
@@ -22,6 +23,7 @@ __all__ = [
     "Generation",
     "HiddenStates",
     "RandomK",
+    "Renoised",
     "Store",
     "TopK",
     "load",

@@ -7,8 +7,8 @@ import inspect
 import logging
 import platform
 import warnings
-from collections.abc import Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ import numpy as np
 from . import scenes
 from .cache import Store, describe, key_of
 from .families import Family, family_of
-from .generation import Generation, flatten, restore
+from .generation import Generation, Renoised, flatten, restore
 from .records import Run, Window, name_of
 
 if TYPE_CHECKING:
@@ -181,6 +181,7 @@ class DiT:
         record: Sequence[Any] = (),
         edits: Sequence[Any] = (),
         size: tuple[int, int] | None = None,
+        start: Renoised | None = None,
     ) -> Generation:
         """Generate images; read what ``record`` names and change what ``edits`` name on the way.
 
@@ -194,7 +195,9 @@ class DiT:
             guidance: the embedded guidance value of distilled models (FLUX.1-dev: 3.5); None for the pipeline's default.
             record: records such as ``ChannelStats()``; they read what the next block receives, that is after the edits.
             edits: edits such as ``Disrupt(TopK(8))``, applied in order.
-            size: (height, width) in pixels; None for the model's own size.
+            size: (height, width) in pixels; None for the model's own size, or that of the pictures of ``start``.
+            start: begin with these pictures, one a prompt, at some noise level; None begins with noise. For models of
+                rectified flow (FLUX, SD3, Sana).
 
         Raises:
             ValueError: no or empty prompts, unequal numbers of prompts and seeds, a layer, step or channel out of range.
@@ -212,7 +215,13 @@ class DiT:
         if guidance is not None and not self._takes_guidance():
             raise ValueError(f"{self.name} has no embedded guidance; leave guidance=None and set cfg instead.")
         self._warn_unknown_words(prompts)
-        height, width = size or (self.size, self.size)
+        height, width = size or (start.images.shape[1:3] if start else (self.size, self.size))
+        if start and (len(start.images) != len(prompts) or start.images.shape[1:3] != (height, width)):
+            found, *shape = start.images.shape[:3]
+            raise ValueError(
+                f"{found} pictures of {shape[1]} x {shape[0]} pixels were given to start from, but {len(prompts)} prompts "
+                f"for {width} x {height}; give one picture of this size a prompt."
+            )
         call = {
             "prompts": prompts,
             "seeds": seeds,
@@ -222,6 +231,7 @@ class DiT:
             "record": record,
             "edits": edits,
             "size": [height, width],
+            "start": start,
         }
         run = Run(len(prompts), steps, self.blocks)
         listeners = [item.start(run) for item in (*edits, *record)]
@@ -233,8 +243,10 @@ class DiT:
         for start in range(0, len(prompts), self.batch_size):
             part = slice(start, start + self.batch_size)
             try:
-                arguments = self.arguments(prompts[part], seeds[part], steps, cfg, guidance, (height, width))
-                batch = self._run(arguments, listeners)
+                begin = Renoised(start.images[part], start.sigma) if start else None
+                arguments = self.arguments(prompts[part], seeds[part], steps, cfg, guidance, (height, width), begin)
+                with self._exact_sigmas() if start else nullcontext():
+                    batch = self._run(arguments, listeners)
             except BaseException:
                 for listener in listeners:
                     listener.discard()
@@ -270,9 +282,11 @@ class DiT:
         cfg: float | None = None,
         guidance: float | None = None,
         size: tuple[int, int] | None = None,
+        start: Renoised | None = None,
     ) -> dict[str, Any]:
         """What the diffusers pipeline is called with for one batch, so that the same call can be made by hand."""
         import torch
+        from diffusers.utils.torch_utils import randn_tensor
 
         family, pipeline = self.family, self.pipeline
         cfg = self.default_cfg if cfg is None else cfg
@@ -294,7 +308,37 @@ class DiT:
         if family.sequence_tokenizer:
             limit = getattr(pipeline, family.sequence_tokenizer).model_max_length
             arguments["max_sequence_length"] = min(limit, 512)
+        if start:
+            clean = self.encode(start.images)
+            noise = randn_tensor(clean.shape, generator=arguments["generator"], device=clean.device, dtype=clean.dtype)
+            mixed = torch.lerp(clean, noise, start.sigma)
+            pack = getattr(pipeline, "_pack_latents", None)
+            arguments["latents"] = pack(mixed, *mixed.shape) if pack else mixed
+            arguments["sigmas"] = [start.sigma * (1 - i / steps) for i in range(steps)]
         return arguments
+
+    def encode(self, images: np.ndarray) -> torch.Tensor:
+        """Pictures, uint8 (B, H, W, 3), as the latents that the transformer was trained on, before packing."""
+        import torch
+
+        vae = self.pipeline.vae
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
+        with torch.no_grad():
+            found = vae.encode(pixels)
+        latents = found.latent_dist.mean if hasattr(found, "latent_dist") else found.latent
+        return (latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
+
+    @contextmanager
+    def _exact_sigmas(self) -> Iterator[None]:
+        """The pipeline with a plain rectified-flow scheduler, which takes sigmas as they are given."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        own = self.pipeline.scheduler
+        self.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+        try:
+            yield
+        finally:
+            self.pipeline.scheduler = own
 
     def _run(self, arguments: dict[str, Any], listeners: list[Any]) -> tuple[np.ndarray, np.ndarray, list[float]]:
         """One batch through the pipeline: images, final latents and sigmas."""

@@ -5,12 +5,35 @@ from __future__ import annotations
 import html
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+@dataclass(frozen=True, eq=False)
+class Renoised:
+    """Where a generation begins: given pictures under noise, ``(1 - sigma) * latents + sigma * noise``.
+
+    With one step the model reads the pictures at exactly this sigma, and the image is its one-step guess at them (rectified
+    flow). The noise is that of the sample's seed, the same as in a plain generation.
+
+    Attributes:
+        images: uint8 (samples, height, width, 3), one a prompt.
+        sigma: noise level, above 0 and at most 1; the steps of the call lead evenly from here to 0.
+    """
+
+    version: ClassVar[int] = 1
+    images: np.ndarray
+    sigma: float
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[3] != 3:
+            raise ValueError(f"Pictures must be uint8 (B, H, W, 3), not {self.images.dtype} {self.images.shape}.")
+        if not 0 < self.sigma <= 1:
+            raise ValueError(f"sigma is {self.sigma}; it must be above 0 and at most 1.")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from .channels import Rule
+from .channels import Rule, TopK
 from .families import BRANCHES, STREAMS
 
 if TYPE_CHECKING:
@@ -152,6 +152,29 @@ class Gates(Window):
     def start(self, run: Run) -> _GatesListener:
         """A listener that fills the record."""
         return _GatesListener(self, run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clusters(Window):
+    """K-means of the image tokens in the subspace of selected channels (MAs-DiT, arXiv 2605.13974, two-means masks).
+
+    Each selected channel is scaled to [0, 1] over the tokens first. Only the result is kept, so thousands of maps are small:
+    ``label`` (sample, step, branch, layer, token), int8, and ``heat``, the mean of the scaled channels of each token.
+
+    Attributes:
+        channels: a rule; channels that it leaves out do not take part.
+        clusters: number of clusters.
+        seed: of the starts of k-means.
+    """
+
+    version: ClassVar[int] = 1
+    channels: Rule = field(default=TopK(12))
+    clusters: int = 2
+    seed: int = 0
+
+    def start(self, run: Run) -> _ClustersListener:
+        """A listener that fills the record."""
+        return _ClustersListener(self, run)
 
 
 class _Listener:
@@ -381,6 +404,33 @@ class _HiddenStatesListener(_Listener):
             coords["channel"] = list(self.record.channels)
         result = xr.Dataset({"value": value.assign_coords(coords)})
         return result if ids is None else result.assign(channel_id=ids)
+
+
+class _ClustersListener(_Listener):
+    record: Clusters
+
+    def __call__(self, event: Event, x: Tensor) -> None:
+        if not self.record.covers(event):
+            return
+        from .spatial import kmeans, min_max
+
+        site, rule = (event.step, event.branch, event.layer), self.record.channels
+        try:
+            ids = rule.ids(x, event.layer)
+            points = min_max(x.gather(2, ids[:, None].expand(-1, x.shape[1], -1)))
+            heat = points.mean(2)
+        except TypeError:  # a varying number of channels a sample: all channels, those left out being constant
+            mask = rule.mask(x, event.layer)[:, None]
+            points = min_max(x) * mask
+            heat = points.sum(2) / mask.sum(2)
+        self.keep("label", site, kmeans(points, self.record.clusters, seed=self.record.seed).char())
+        self.keep("heat", site, heat)
+
+    def dataset(self) -> xr.Dataset:
+        import xarray as xr
+
+        found = {name: self._assemble(name, ("token",)) for name in ("label", "heat")}
+        return xr.Dataset({n: v for n, v in found.items() if v is not None})
 
 
 class _GatesListener(_Listener):

@@ -1,11 +1,16 @@
-"""Tokens as places in the image."""
+"""Tokens as places in the image: maps, two-means masks (MAs-DiT, arXiv 2605.13974) and how well masks agree."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     import xarray as xr
+    from torch import Tensor
+
+FOREGROUND = ("heat", "border")
 
 
 def token_grid(tokens: int, height: int, width: int) -> tuple[int, int]:
@@ -29,3 +34,143 @@ def on_grid(values: xr.DataArray, height: int, width: int) -> xr.DataArray:
     grid = token_grid(ordered.sizes["token"], height, width)
     coords = {name: c for name, c in ordered.coords.items() if "token" not in c.dims}
     return xr.DataArray(ordered.values.reshape(*ordered.shape[:-1], *grid), coords, (*ordered.dims[:-1], "row", "column"))
+
+
+def min_max(x: Tensor) -> Tensor:
+    """Each channel scaled to [0, 1] over the tokens; a constant channel becomes 0.
+
+    Args:
+        x: (B, tokens, channels).
+    """
+    x = x.float()
+    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    span = high - low
+    return (x - low) / span.where(span > 0, span.new_ones(()))
+
+
+def kmeans(x: Tensor, clusters: int = 2, restarts: int = 4, iterations: int = 30, seed: int = 0) -> Tensor:
+    """K-means on many sets of points at once, all on the device and without waiting for it.
+
+    Every set has its own k-means++ starts; of the restarts the one with the least inertia counts.
+
+    Args:
+        x: (B, N, D) points.
+        clusters: number of clusters, at least 2.
+        restarts: starts for each set.
+        iterations: Lloyd steps, always all of them: looking whether a set has converged would stop the device.
+        seed: of the starts.
+
+    Returns:
+        Labels (B, N), long, in [0, clusters).
+
+    Raises:
+        ValueError: fewer than two clusters, or more than points.
+    """
+    import torch
+
+    if not 2 <= clusters <= x.shape[1]:
+        raise ValueError(f"clusters is {clusters}; use 2 to {x.shape[1]}, the number of points.")
+    sets, points, _ = x.shape
+    x = x.float().repeat_interleave(restarts, 0)
+    generator = torch.Generator(x.device).manual_seed(seed)
+    rows = torch.arange(len(x), device=x.device)
+    first = torch.randint(points, (len(x),), generator=generator, device=x.device)
+    centres = x[rows, first][:, None]
+    for _ in range(clusters - 1):
+        away = torch.cdist(x, centres).square().amin(2) + 1e-12  # equal points still leave something to draw from
+        chosen = torch.multinomial(away, 1, generator=generator)[:, 0]
+        centres = torch.cat([centres, x[rows, chosen][:, None]], dim=1)
+    for _ in range(iterations):
+        near = torch.nn.functional.one_hot(torch.cdist(x, centres).argmin(2), clusters).to(x.dtype)
+        count = near.sum(1)[..., None]
+        centres = ((near.mT @ x) / count.clamp(min=1)).where(count > 0, centres)
+    distance, labels = torch.cdist(x, centres).square().min(2)
+    best = distance.sum(1).view(sets, restarts).argmin(1)
+    return labels.view(sets, restarts, points)[rows[:sets], best]
+
+
+def foreground(labels: np.ndarray, heat: np.ndarray, grid: tuple[int, int], rule: str = "border") -> np.ndarray:
+    """Which of two clusters is the foreground.
+
+    Args:
+        labels: (..., N) of 0 and 1.
+        heat: (..., N), the sum of the normalised channels of each token.
+        grid: (rows, columns) of the tokens, for rule "border".
+        rule: "heat" for the cluster with the higher mean heat, as published; a channel's sign is arbitrary, and with it this
+            rule. "border" (ours) for the cluster that fills less of the picture's border.
+
+    Returns:
+        Boolean (..., N), True on the foreground.
+
+    Raises:
+        ValueError: an unknown rule.
+    """
+    one = labels.astype(bool)
+    if rule == "heat":
+        with np.errstate(invalid="ignore"):
+            inside = np.where(one, heat, 0).sum(-1) / one.sum(-1)
+            outside = np.where(one, 0, heat).sum(-1) / (~one).sum(-1)
+        flip = ~(np.nan_to_num(inside, nan=-np.inf) > np.nan_to_num(outside, nan=-np.inf))
+    elif rule == "border":
+        edge = np.zeros(grid, dtype=bool)
+        edge[[0, -1]] = edge[:, [0, -1]] = True
+        flip = one[..., edge.ravel()].mean(-1) > 0.5
+    else:
+        raise ValueError(f"Foreground rule '{rule}' is unknown; use one of {', '.join(FOREGROUND)}.")
+    return one ^ flip[..., None]
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Intersection over union of boolean masks (..., N); 1 when both are empty."""
+    a, b = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
+    union = (a | b).sum(-1)
+    return np.where(union > 0, (a & b).sum(-1) / np.maximum(union, 1), 1.0)
+
+
+def matched_iou(labels: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Mean IoU of the regions of a truth with the clusters that fit them best, each cluster used once.
+
+    Args:
+        labels: (B, N) cluster labels from 0.
+        truth: (B, N) region labels, 0 the background, 1 and up the regions that count.
+
+    Returns:
+        (B,) mean over the regions, by the assignment that makes it greatest; the background takes part and does not count.
+
+    Raises:
+        ValueError: a truth without any region.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    found = []
+    for clusters, regions in zip(labels, truth, strict=True):
+        if not regions.any():
+            raise ValueError("A truth without any region has no matched IoU; leave empty masks out.")
+        numbers = range(regions.max() + 1)
+        table = np.array([[iou(regions == r, clusters == c) for c in range(clusters.max() + 1)] for r in numbers])
+        region, cluster = linear_sum_assignment(table, maximize=True)
+        total = sum(table[r, c] for r, c in zip(region, cluster, strict=True) if r)
+        found.append(total / regions.max())
+    return np.array(found)
+
+
+def to_pixels(values: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(..., N) token values as pictures (..., height, width), by the nearest token."""
+    rows, columns = token_grid(values.shape[-1], height, width)
+    y, x = np.arange(height) * rows // height, np.arange(width) * columns // width
+    return values.reshape(*values.shape[:-1], rows, columns)[..., y[:, None], x]
+
+
+def to_tokens(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """(..., H, W) masks or labels as tokens (..., N): the value that fills most of a token's patch.
+
+    Raises:
+        ValueError: the picture is no whole number of patches.
+    """
+    rows, columns = grid
+    height, width = mask.shape[-2:]
+    if height % rows or width % columns:
+        raise ValueError(f"A picture of {height} x {width} is no whole number of patches on a grid of {rows} x {columns}.")
+    patches = mask.reshape(*mask.shape[:-2], rows, height // rows, columns, width // columns)
+    counts = np.stack([(patches == v).sum((-3, -1)) for v in range(int(mask.max()) + 1)])
+    return counts.argmax(0).reshape(*mask.shape[:-2], rows * columns)

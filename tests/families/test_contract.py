@@ -9,8 +9,22 @@ import pytest
 import torch
 
 import malib
-from malib import BottomK, Channels, ChannelStats, Disrupt, DiT, EnergyMatched, Gates, HiddenStates, RandomK, TopK
+from malib import (
+    BottomK,
+    Channels,
+    ChannelStats,
+    Clusters,
+    Disrupt,
+    DiT,
+    EnergyMatched,
+    Gates,
+    HiddenStates,
+    RandomK,
+    Renoised,
+    TopK,
+)
 from malib.records import Window
+from malib.spatial import kmeans, min_max
 
 from .. import architectures
 
@@ -127,6 +141,15 @@ def test_disrupt_changes_the_named_entries_alone(any_dit: DiT, rule: malib.chann
     assert not np.array_equal(before.sel(step=1), after.sel(step=1))
 
 
+def test_every_mode_of_disrupt_keeps_to_its_tokens(any_dit: DiT) -> None:
+    before = any_dit.generate(PROMPTS, steps=1, record=[HiddenStates()]).records.hidden_states.value
+    for mode in ("zero", "mean", "scale", "rotate"):
+        edit = Disrupt(TopK(3), mode=mode, layers=1, tokens=(0, 3))
+        after = any_dit.generate(PROMPTS, steps=1, edits=[edit], record=[HiddenStates()]).records.hidden_states.value
+        moved = (before.sel(layer=1).values != after.sel(layer=1).values).any((0, 1, 2, 4))
+        assert moved.nonzero()[0].tolist() == [0, 3], mode
+
+
 def test_disrupt_at_the_input_equals_disrupt_at_the_output_before(any_dit: DiT) -> None:
     rule = Channels((1, 4))
     out = any_dit.generate(PROMPTS, steps=2, edits=[Disrupt(rule, layers=0)])
@@ -215,6 +238,39 @@ def test_hidden_states_of_a_rule_and_of_tokens(any_dit: DiT) -> None:
     assert np.array_equal(expected, some.value) and list(some.token) == [0, 7]
 
 
+def test_clusters_are_those_of_the_recorded_states(any_dit: DiT) -> None:
+    """The record's labels and heat equal k-means on the hidden states in full."""
+    prompts = PROMPTS
+    for rule in (TopK(4), EnergyMatched(2)):
+        run = any_dit.generate(prompts, steps=1, cfg=1.0, record=[Clusters(channels=rule), HiddenStates()])
+        found, x = run.records.clusters, torch.tensor(run.records.hidden_states.value.values)[:, 0, 0, 1]
+        scaled, mask = min_max(x), rule.mask(x, 1)
+        points = [scaled[i][:, mask[i]] for i in range(2)]
+        for i, of_sample in enumerate(points):
+            np.testing.assert_allclose(found.heat[i, 0, 0, 1], of_sample.mean(1), rtol=1e-4)
+            again = kmeans(of_sample[None].repeat(2, 1, 1), restarts=8)[0].numpy()
+            same = (again == found.label[i, 0, 0, 1].values).mean()
+            assert max(same, 1 - same) > 0.9
+
+
+def test_starting_from_pictures(any_dit: DiT) -> None:
+    """At almost no noise nothing is left to do; the noise is that of the seed; the pipeline keeps its scheduler."""
+    own, side = any_dit.pipeline.scheduler, any_dit.size
+    images = np.random.default_rng(0).integers(0, 255, size=(2, side, side, 3), dtype=np.uint8)
+    clean = any_dit.encode(images)
+    pack = getattr(any_dit.pipeline, "_pack_latents", None)
+    still = any_dit.generate(PROMPTS, steps=1, cfg=1.0, start=Renoised(images, 1e-4))
+    np.testing.assert_allclose(still.latents, pack(clean, *clean.shape) if pack else clean, atol=2e-2)
+    half = any_dit.generate(PROMPTS, steps=2, start=Renoised(images, 0.5), record=[ChannelStats(top=0)])
+    assert half.records.channel_stats.sigma.values.tolist() == [0.5, 0.25]
+    other = any_dit.generate(PROMPTS, seeds=9, steps=2, start=Renoised(images, 0.5))
+    assert not np.allclose(half.latents, other.latents)
+    if type(any_dit.pipeline).__name__ != "SanaPipeline":  # its own scheduler is another solver
+        noise = any_dit.generate(PROMPTS, steps=1, start=Renoised(images, 1.0))
+        np.testing.assert_allclose(noise.latents, any_dit.generate(PROMPTS, steps=1).latents, atol=1e-5)
+    assert any_dit.pipeline.scheduler is own
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -230,6 +286,9 @@ def test_hidden_states_of_a_rule_and_of_tokens(any_dit: DiT) -> None:
         (lambda d: d.generate(PROMPTS, record=[ChannelStats(max_bytes=10)]), "max_bytes"),
         (lambda d: d.generate(PROMPTS, edits=[Disrupt(TopK(1), point="gate")]), "Point 'gate'"),
         (lambda d: d.generate(PROMPTS, guidance=3.5), "no embedded guidance"),
+        (lambda d: d.generate(PROMPTS, start=Renoised(np.zeros((1, 32, 32, 3), np.uint8), 0.5)), "1 pictures of 32 x 32"),
+        (lambda d: Renoised(np.zeros((1, 32, 32, 3), np.uint8), 1.5), "sigma is 1.5"),
+        (lambda d: Renoised(np.zeros((1, 32, 32, 3)), 0.5), "must be uint8"),
     ],
 )
 def test_bad_input_gets_one_sentence(any_dit: DiT, call, words: str) -> None:

@@ -65,6 +65,31 @@ def test_every_claim_is_complete() -> None:
         assert set(claim["rule"]) <= {"at_least", "at_most"} and len(claim["rule"]) == 1
 
 
+def test_detail_of_waves_is_the_closed_form() -> None:
+    """A grey wave of amplitude .3: below a quarter cycle a pixel it has no high frequency, above it has .3 / sqrt 2."""
+    x = np.arange(64)
+    for cycles, expected in ((4, 0.0), (24, 0.3 / np.sqrt(2))):
+        wave = 0.5 + 0.3 * np.sin(2 * np.pi * cycles * x / 64)
+        image = np.repeat(np.round(255 * wave).astype(np.uint8)[None, None, :, None], 64, 1).repeat(3, 3)
+        found = metrics.detail(image)
+        assert found["high_frequency"][0] == pytest.approx(expected, abs=2e-3)
+    slope = np.repeat(np.arange(64, dtype=np.uint8)[None, None, :, None], 64, 1).repeat(3, 3)
+    assert metrics.detail(slope)["edges"][0] == pytest.approx(1 / 255)
+    flat = metrics.detail(np.full((2, 64, 64, 3), 90, np.uint8))
+    assert all(np.allclose(v, 0, atol=1e-6) for v in flat.values()) and set(flat) == set(metrics.DETAILS)
+
+
+def test_blurring_costs_detail_of_every_kind() -> None:
+    from scipy.ndimage import gaussian_filter
+
+    sharp = np.stack([(scenes.render(scenes.sample_scene(i)).image * 255).astype(np.uint8) for i in range(6)])
+    soft = gaussian_filter(sharp, (0, 1.5, 1.5, 0))
+    before, after = metrics.detail(sharp), metrics.detail(soft)
+    assert all((after[name] < before[name]).all() for name in metrics.DETAILS)
+    assert metrics.image_distance(sharp, sharp).max() == 0
+    assert metrics.image_distance(sharp * 0, sharp * 0 + 255) == pytest.approx(np.ones(6))
+
+
 def test_frechet_distance_of_normals_is_the_closed_form() -> None:
     """Means 0 and 3, variances 1 and 4 on each of two axes: 9 * 2 + (2 - 1)^2 * 2."""
     rng = np.random.default_rng(0)
