@@ -7,7 +7,7 @@ PRESET ?= mini
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install figures test lab bench train lint
+.PHONY: help install figures test lab bench train checksums lint
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -35,6 +35,9 @@ bench: $(STAMP) ## what recording costs, side by side with plain generation
 
 train: $(STAMP) ## train a bundled model: make train PRESET=tiny
 	$(RUN) -m malib.train --preset $(PRESET) $(ARGS)
+
+checksums: ## write data/SHA256SUMS anew, after a file in data/ has changed on purpose
+	cd data && find . -type f ! -name SHA256SUMS | LC_ALL=C sort | xargs sha256sum > SHA256SUMS
 
 lint: $(STAMP) ## ruff: lint and format
 	$(VENV)/bin/ruff check .

@@ -72,13 +72,14 @@ def nnsight_statistics(dit: DiT, prompts: list[str], steps: int) -> None:
         (getattr(model.transformer, b.stack.attribute)[int(b.name.split()[-1])], b.stack.returns.index("image"))
         for b in dit.blocks
     ]
+    branches = len(dit.family.order) if dit.family.passes == "sequential" and dit.default_cfg > 1 else 1
     size = min(dit.batch_size, len(prompts))
     for start in range(0, len(prompts), size):
         call = dit.arguments(prompts[start : start + size], list(range(size)), steps)
         asked = call.pop("prompt")
         with model.generate(asked, **call) as tracer:
             kept = list().save()  # noqa: C408
-            for _ in tracer.iter[:]:
+            for _ in tracer.iter[: steps * branches]:
                 for block, index in sites:
                     kept.append(_statistics(block.output[index]))
 

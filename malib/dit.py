@@ -139,14 +139,22 @@ class DiT:
         """The true guidance scale of a call that names none: 3, or 1 for a model with embedded guidance."""
         return 1.0 if self._takes_guidance() else 3.0
 
+    @property
+    def draws_scenes(self) -> bool:
+        """Whether this is a model of ``malib.scenes``, whose pictures the bundled judge can read."""
+        return self._knows_scenes() and self.size == scenes.SIZE
+
+    def _knows_scenes(self) -> bool:
+        known = set(getattr(getattr(self.pipeline, "tokenizer", None), "get_vocab", dict)())
+        return set(scenes.VOCABULARY) <= known and len(known) < 1000  # only tokenizers of our own are so small
+
     def prompts(self, count: int) -> list[str]:
         """``count`` prompts that suit the model: scene captions for mini-flux, everyday ones (data/prompts) for others.
 
         Raises:
             ValueError: more prompts than there are.
         """
-        known = set(getattr(getattr(self.pipeline, "tokenizer", None), "get_vocab", dict)())
-        if set(scenes.VOCABULARY) <= known and len(known) < 1000:  # only tokenizers of our own are so small
+        if self._knows_scenes():
             return scenes.captions(count)
         found = (data_folder() / "prompts" / "everyday.txt").read_text().splitlines()
         if count > len(found):
@@ -240,8 +248,8 @@ class DiT:
         if self.store and (found := self.store.get(key)):
             return restore(*found)
         images, latents, sigmas = [], [], []
-        for start in range(0, len(prompts), self.batch_size):
-            part = slice(start, start + self.batch_size)
+        for first in range(0, len(prompts), self.batch_size):
+            part = slice(first, first + self.batch_size)
             try:
                 begin = Renoised(start.images[part], start.sigma) if start else None
                 arguments = self.arguments(prompts[part], seeds[part], steps, cfg, guidance, (height, width), begin)

@@ -6,9 +6,9 @@ Several edits of one call are applied in the given order, each to what the one b
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from .channels import Rule, random_frame
+from .channels import BottomK, EnergyMatched, RandomK, Rule, TopK, random_frame
 from .records import Run, Window, _Listener
 
 if TYPE_CHECKING:
@@ -58,6 +58,28 @@ class Disrupt(Window):
     def start(self, run: Run) -> _DisruptListener:
         """A listener that applies the edit and records what it selected."""
         return _DisruptListener(self, run)
+
+
+def controls(k: int, draws: int = 1, **window: Any) -> dict[str, list[list[Disrupt]]]:
+    """The disruption of the massive channels and all that it must be held against, as lists of edits by name.
+
+    Args:
+        k: number of massive channels.
+        draws: how many random draws of each control that has some; average over them.
+        window: fields of ``Window`` for every edit.
+
+    Returns:
+        "top" and "bottom" k; "random" k, the top k excluded; "equal energy", so many random channels as hold the top k's
+        energy; "equal norm", the same norm taken from every token in a random subspace.
+    """
+    seeds = range(draws)
+    return {
+        "top": [[Disrupt(TopK(k), **window)]],
+        "bottom": [[Disrupt(BottomK(k), **window)]],
+        "random": [[Disrupt(RandomK(k, seed=s, without_top=k), **window)] for s in seeds],
+        "equal energy": [[Disrupt(EnergyMatched(k, seed=s), **window)] for s in seeds],
+        "equal norm": [[Disrupt(TopK(k), mode="rotate", seed=s, **window)] for s in seeds],
+    }
 
 
 class _DisruptListener(_Listener):

@@ -45,6 +45,22 @@ NOTEBOOKS = (
         ("channels", "layers", "token_maps", "tokens", "sigma", "origin", "gates", "norm_share", "streams", "birth"),
         {"preview": {"prompts": 12, "seeds": 3, "dumps": 8}, "full": {"prompts": 48, "seeds": 4, "dumps": 24}},
     ),
+    Notebook(
+        "02_disruption",
+        ("strength", "blocks", "steps", "streams", "losses", "pictures"),
+        {
+            "preview": {"prompts": 5, "steps": 6, "ks": [2, 8, 32], "draws": 1},
+            "full": {"prompts": 24, "steps": 20, "ks": [1, 2, 4, 8, 16, 32], "draws": 3},
+        },
+    ),
+    Notebook(
+        "03_clustering",
+        ("layers", "foreground", "channels", "maps", "generated", "embedding", "two_subjects"),
+        {
+            "preview": {"pictures": 24, "ks": [2, 8, 32], "draws": 1, "steps": 10},
+            "full": {"pictures": 192, "ks": [1, 2, 4, 8, 16, 32, 64], "draws": 3, "steps": 20},
+        },
+    ),
 )
 
 

@@ -144,9 +144,12 @@ def restore(arrays: dict[str, np.ndarray], document: dict) -> Generation:
 def _edits_in_words(generation: Generation) -> str:
     """The edits of a generation, without the fields that say "everywhere"."""
 
+    plain = {"mode": "zero", "factor": 0.0, "seed": 0}
+
     def words(value: Any) -> str:
         if isinstance(value, dict):
-            said = [f"{k}={words(v)}" for k, v in value.items() if k not in ("type", "version", "stream", "point", "kind")]
+            silent = ("type", "version", "stream", "point", "kind")
+            said = [f"{k}={words(v)}" for k, v in value.items() if k not in silent and not (k in plain and v == plain[k])]
             return f"{value.get('type', '')}({', '.join(s for s in said if not s.endswith('=None'))})"
         return str(value)
 

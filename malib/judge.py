@@ -145,7 +145,8 @@ def read(images: np.ndarray, judge: Judge | None = None, batch_size: int = 64) -
     judge = judge or load_judge()
     parts = []
     for start in range(0, len(images), batch_size):
-        batch = torch.from_numpy(images[start : start + batch_size]).permute(0, 3, 1, 2).float() / 255
+        part = np.ascontiguousarray(images[start : start + batch_size])  # a reversed view has negative strides
+        batch = torch.from_numpy(part).permute(0, 3, 1, 2).float() / 255
         parts.append(judge(batch))
     found = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
     probability = {h: found[h].softmax(-1).max(-1) for h in HEADS}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -78,6 +78,28 @@ def interval(values: xr.DataArray, over: str = "prompt", resamples: int = 2000, 
     mean = moved.mean(over)
     bounds = {name: mean.copy(data=bound.reshape(rest)) for name, bound in (("low", low), ("high", high))}
     return xr.Dataset({"mean": mean, **bounds})
+
+
+def by(table: Mapping[tuple, xr.DataArray], *names: str) -> xr.Dataset:
+    """A full grid of conditions as one dataset of means and 95 % intervals over the samples.
+
+    Args:
+        table: (sample, ...) values for every combination of conditions, by a tuple of their labels.
+        names: one name for each place of the tuples; they become the first dimensions.
+
+    Raises:
+        KeyError: a combination is missing.
+    """
+    import xarray as xr
+
+    def nested(prefix: tuple) -> xr.DataArray:
+        if len(prefix) == len(names):
+            return table[prefix]
+        labels = list(dict.fromkeys(key[len(prefix)] for key in table))
+        parts = [nested((*prefix, label)) for label in labels]
+        return xr.concat(parts, names[len(prefix)], coords="minimal").assign_coords({names[len(prefix)]: labels})
+
+    return interval(nested(()), over="sample")
 
 
 @cache
@@ -213,22 +235,75 @@ class Panel:
         features: pictures -> float (B, d), for ``frechet_distance`` and ``kernel_distance``.
         agreement: pictures and what was asked for (prompts; scenes for the bundled judge) -> float (B,), more is better.
         masks: pictures -> boolean (B, H, W), True on the foreground.
+        attributes: like ``agreement``, but one array a kind of attribute, for those who can tell them apart.
     """
 
     features: Callable[[np.ndarray], np.ndarray] | None = None
     agreement: Callable[[np.ndarray, Sequence[Any]], np.ndarray] | None = None
     masks: Callable[[np.ndarray], np.ndarray] | None = None
+    attributes: Callable[[np.ndarray, Sequence[Any]], dict[str, np.ndarray]] | None = None
 
 
 def bundled_panel() -> Panel:
     """The judge in every seat; its agreement is the share of a scene's attributes that the picture shows."""
     from .judge import prompt_accuracy, read
 
-    def agreement(images: np.ndarray, asked: Sequence[Any]) -> np.ndarray:
-        hits = prompt_accuracy(read(images), asked)
-        return np.mean([hit for name, hit in hits.items() if name != "all"], axis=0)
+    def attributes(images: np.ndarray, asked: Sequence[Any]) -> dict[str, np.ndarray]:
+        return {name: hit for name, hit in prompt_accuracy(read(images), asked).items() if name != "all"}
 
-    return Panel(lambda images: read(images).features, agreement, lambda images: read(images).masks)
+    def agreement(images: np.ndarray, asked: Sequence[Any]) -> np.ndarray:
+        return np.mean(list(attributes(images, asked).values()), axis=0)
+
+    return Panel(lambda images: read(images).features, agreement, lambda images: read(images).masks, attributes)
+
+
+def colour_masks(images: np.ndarray) -> np.ndarray:
+    """A crude stand-in for a segmenter: two-means on the pixels' colours, the cluster that fills less of the border.
+
+    Args:
+        images: uint8 (B, H, W, 3).
+
+    Returns:
+        Boolean (B, H, W).
+    """
+    import torch
+
+    from .spatial import foreground, kmeans
+
+    count, height, width = images.shape[:3]
+    pixels = torch.from_numpy(images).float().view(count, height * width, 3)
+    labels = kmeans(pixels, restarts=2, iterations=10).numpy()
+    return foreground(labels, labels * 0.0, (height, width)).reshape(count, height, width)
+
+
+def consequences(images: np.ndarray, base: np.ndarray, panel: Panel, asked: Sequence[Any]) -> xr.DataArray:
+    """What a change did to pictures, in detail and in meaning.
+
+    Args:
+        images: uint8 (B, H, W, 3), changed.
+        base: the same pictures undisturbed.
+        panel: who judges; what it lacks is left out.
+        asked: what each picture was to show, for the panel.
+
+    Returns:
+        (sample, measure): ``distance`` to the base; the kinds of ``detail`` as ratios to the base's; with a panel ``layout``
+        (IoU of the foreground masks), ``agreement`` and its attributes.
+    """
+    import xarray as xr
+
+    found = {"distance": image_distance(images, base)}
+    before, after = detail(base), detail(images)
+    found |= {name: after[name] / np.maximum(before[name], 1e-6) for name in DETAILS}
+    if panel.masks:
+        a, b = panel.masks(images), panel.masks(base)
+        union = (a | b).sum((1, 2))
+        found["layout"] = np.where(union > 0, (a & b).sum((1, 2)) / np.maximum(union, 1), 1.0)
+    if panel.agreement:
+        found["agreement"] = panel.agreement(images, asked)
+    if panel.attributes:
+        found |= panel.attributes(images, asked)
+    values = np.stack([np.asarray(v, dtype=np.float64) for v in found.values()], axis=1)
+    return xr.DataArray(values, dims=("sample", "measure"), coords={"measure": list(found)})
 
 
 def vision_features(model: Any, processor: Any, batch_size: int = 16) -> Callable[[np.ndarray], np.ndarray]:

@@ -346,6 +346,193 @@ def birth(data: xr.Dataset) -> Figure:
     return _finish(figure, title, data)
 
 
+_RULES = ("top", "equal energy", "equal norm", "random", "bottom")
+_MARKERS = dict(zip(_RULES, "osD^v", strict=True))
+_COLOURS = dict(zip(_RULES, (PALETTE[3], PALETTE[0], PALETTE[1], PALETTE[2], "0.5"), strict=True))
+_MEASURES = {
+    "agreement": "caption's attributes shown",
+    "layout": "foreground IoU with undisturbed",
+    "high_frequency": "high frequencies / undisturbed",
+    "edges": "edges / undisturbed",
+    "texture": "texture / undisturbed",
+    "distance": "RMS distance to undisturbed",
+}
+
+
+def strength(data: xr.Dataset) -> Figure:
+    """``mean``, ``low``, ``high`` (rule, k, measure), ``base`` (measure): what zeroing k channels in all blocks costs."""
+    measures = [m for m in ("agreement", "high_frequency", "distance") if m in data.measure]
+    figure, axes = _canvas(1, len(measures), (4.1 * len(measures), 3.9), squeeze=False)
+    for axis, measure in zip(axes[0], measures, strict=True):
+        axis.axhline(float(data.base.sel(measure=measure)), color="0.3", lw=1, ls="--", label="undisturbed")
+        for place, rule in enumerate(data.rule.values):
+            part, x = data.sel(rule=rule, measure=measure), data.k.values * (1 + 0.035 * (place - 2))
+            bars = np.stack([part["mean"] - part.low, part.high - part["mean"]])
+            axis.errorbar(x, part["mean"], bars, color=_COLOURS[rule], marker=_MARKERS[rule], ms=5, lw=1.3, label=rule)
+        axis.set(xlabel="k, channels of each block", ylabel=_MEASURES[measure])
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(data.k.values, data.k.values)
+        _ratio_axis(axis, measure)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    measure, k = measures[0] if "agreement" in measures else "high_frequency", data.attrs["k"]
+    told = ", ".join(f"{r} {float(data['mean'].sel(rule=r, k=k, measure=measure)):.2f}" for r in data.rule.values)
+    return _finish(figure, f"{_MEASURES[measure].capitalize()} with k = {k} in all blocks: {told}", data)
+
+
+def _ratio_axis(axis: Any, measure: str) -> None:
+    """Twice and half stand equally far from 1."""
+    if measure in ("high_frequency", "edges", "texture"):
+        _log(axis, "y")
+
+
+def sites(data: xr.Dataset) -> Figure:
+    """``mean``, ``low``, ``high`` (rule, site, measure), ``base`` (measure): the same disruption at different places."""
+    measures = [m for m in ("agreement", "layout", "high_frequency", "distance") if m in data.measure]
+    figure, axes = _canvas(1, len(measures), (3.6 * len(measures), 3.9), squeeze=False)
+    places = np.arange(data.sizes["site"])
+    for axis, measure in zip(axes[0], measures, strict=True):
+        axis.axhline(float(data.base.sel(measure=measure)), color="0.3", lw=1, ls="--", label="undisturbed")
+        for number, rule in enumerate(data.rule.values):
+            part = data.sel(rule=rule, measure=measure)
+            bars = np.stack([part["mean"] - part.low, part.high - part["mean"]])
+            style = {"color": _COLOURS.get(rule, PALETTE[number]), "marker": _MARKERS.get(rule, "o")}
+            shift = 0.18 * (number - (data.sizes["rule"] - 1) / 2)
+            axis.errorbar(places + shift, part["mean"], bars, ls="", ms=5, capsize=2, label=rule, **style)
+        axis.set_xticks(places, data.site.values, rotation=35, ha="right")
+        axis.set(xlabel=data.attrs["axis"], ylabel=_MEASURES[measure])
+        _ratio_axis(axis, measure)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    measure = "agreement" if "agreement" in measures else "high_frequency"
+    top = data["mean"].sel(rule="top", measure=measure)
+    worst, best = (str(data.site.values[int(getattr(top, f)("site"))]) for f in ("argmin", "argmax"))
+    title = (
+        f"{_MEASURES[measure].capitalize()}, top {data.attrs['k']}: least with {worst} ({float(top.min()):.2f}), "
+        f"most with {best} ({float(top.max()):.2f})"
+    )
+    return _finish(figure, title, data)
+
+
+def losses(data: xr.Dataset) -> Figure:
+    """``change`` (condition, measure), mean of disturbed less undisturbed: what exactly is lost."""
+    shown = data.change.to_pandas()
+    figure, axis = _canvas(1, 1, (1.6 + 0.72 * shown.shape[1], 1.4 + 0.36 * shown.shape[0]))
+    sns.heatmap(
+        shown, ax=axis, cmap="vlag", center=0, vmin=-1, vmax=1, annot=True, fmt="+.2f", annot_kws={"fontsize": 8},
+        cbar_kws={"label": "change to the undisturbed"},
+    )  # fmt: skip
+    axis.set(xlabel="", ylabel="")
+    axis.set_xticklabels([str(m).replace("_", " ") for m in shown.columns], rotation=35, ha="right")
+    row = data.change.isel(condition=0)
+    first = str(data.condition.values[0])
+    named = [m for m in row.measure.values if m != "distance"]
+    lost = max(named, key=lambda m: abs(float(row.sel(measure=m))))
+    title = f"{first}: {str(lost).replace('_', ' ')} changes most ({float(row.sel(measure=lost)):+.2f})"
+    return _finish(figure, title, data)
+
+
+def pictures(data: xr.Dataset) -> Figure:
+    """``image`` (sample, condition, y, x, rgb): the same samples under each condition."""
+    rows, columns = data.sizes["sample"], data.sizes["condition"]
+    figure, axes = _canvas(rows, columns, (1.5 * columns, 1.55 * rows + 0.8), squeeze=False)
+    for row in range(rows):
+        for column in range(columns):
+            axis = axes[row, column]
+            axis.imshow(data.image.isel(sample=row, condition=column).values.astype(np.uint8), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            if row == 0:
+                axis.set_title(str(data.condition.values[column]), fontsize=8.5)
+    return _finish(figure, f"The same prompts and seeds, {data.attrs['k']} channels a block disturbed", data)
+
+
+def mask_layers(data: xr.Dataset) -> Figure:
+    """``mean``, ``low``, ``high`` (sigma, rule, layer): IoU of two-means masks by block, a panel a sigma."""
+    figure, axes = _canvas(1, data.sizes["sigma"], (3.6 * data.sizes["sigma"] + 2.6, 3.8), squeeze=False, sharey=True)
+    for axis, level in zip(axes[0], data.sigma.values, strict=True):
+        for rule in data.rule.values:
+            _band(axis, data.sel(sigma=level, rule=rule), color=_COLOURS.get(rule, PALETTE[4]), label=rule)
+        axis.set(title=f"sigma {level:g}", ylim=(0, 1))
+        _blocks(axis, data)
+    axes[0, 0].set_ylabel("mean IoU, better of the two labels")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    best = data["mean"].sel(rule="top").max("layer")
+    told = ", ".join(f"{float(v):.2f} at sigma {float(s):g}" for s, v in zip(data.sigma, best, strict=True))
+    return _finish(
+        figure, f"Masks from the top {data.attrs['k']} channels reach IoU {told} with {data.attrs['truth']}", data
+    )
+
+
+def mask_rules(data: xr.Dataset) -> Figure:
+    """``mean``, ``low``, ``high``, ``right`` (choice, layer): which cluster is the foreground, how often rightly."""
+    figure, (left, right) = _canvas(1, 2, (9.6, 3.8))
+    names = {"best": "better of the two labels", "border": "touches less of the border", "heat": "higher heat (published)"}
+    for (choice, label), colour in zip(names.items(), (PALETTE[7], PALETTE[0], PALETTE[3]), strict=True):
+        _band(left, data[["mean", "low", "high"]].sel(choice=choice), color=colour, label=label)
+        if choice != "best":
+            right.plot(range(data.sizes["layer"]), data.right.sel(choice=choice), marker="o", ms=3.5, color=colour)
+    left.set(ylabel="mean IoU", ylim=(0, 1))
+    right.set(ylabel="share of pictures with the right label", ylim=(0, 1.03))
+    right.axhline(0.5, color="0.6", lw=0.8)
+    for axis in (left, right):
+        _blocks(axis, data)
+    left.legend(frameon=False, fontsize=8)
+    shares = {c: float(data.right.sel(choice=c).mean()) for c in ("heat", "border")}
+    title = f"The published rule picks the right cluster in {shares['heat']:.0%}, the border rule in {shares['border']:.0%}"
+    return _finish(figure, title, data)
+
+
+def mask_size(data: xr.Dataset) -> Figure:
+    """``mean``, ``low``, ``high`` (rule, k): IoU against the number of channels, at one block."""
+    figure, axis = _canvas(1, 1, (5.6, 3.9))
+    for rule in data.rule.values:
+        part = data.sel(rule=rule)
+        line = axis.plot(data.k, part["mean"], marker=_MARKERS.get(rule, "o"), ms=5, color=_COLOURS.get(rule), label=rule)[0]
+        axis.fill_between(data.k, part.low, part.high, color=line.get_color(), alpha=0.2, lw=0)
+    axis.set(xlabel="k, channels", ylabel="mean IoU, better of the two labels", ylim=(0, 1))
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(data.k.values, data.k.values)
+    axis.legend(frameon=False, fontsize=8)
+    top = data["mean"].sel(rule="top")
+    best = int(data.k[int(top.argmax("k"))])
+    title = f"{data.attrs['block']}: the top channels do best with k = {best} (IoU {float(top.max()):.2f})"
+    return _finish(figure, title, data)
+
+
+def mask_maps(data: xr.Dataset) -> Figure:
+    """``image`` (sample, y, x, rgb), ``truth`` (sample, row, column), ``mask`` and ``heat`` (sample, rule, row, column)."""
+    rules, rows = [str(r) for r in data.rule.values], data.sizes["sample"]
+    figure, axes = _canvas(rows, 2 + 2 * len(rules), (1.35 * (2 + 2 * len(rules)), 1.4 * rows + 0.8), squeeze=False)
+    for row in range(rows):
+        part = data.isel(sample=row)
+        shown = [("image", part.image.values.astype(np.uint8), {}), ("truth", part.truth.values, {"cmap": "gray"})]
+        for rule in rules:
+            shown.append((f"{rule}: heat", part.heat.sel(rule=rule).values, {"cmap": "mako"}))
+            shown.append((f"{rule}: mask", part["mask"].sel(rule=rule).values, {"cmap": "gray"}))
+        for axis, (name, values, style) in zip(axes[row], shown, strict=True):
+            axis.imshow(values, interpolation="nearest", **style)
+            axis.set(xticks=[], yticks=[])
+            if row == 0:
+                axis.set_title(name, fontsize=8)
+    title = f"Two-means masks and heat maps at the output of {data.attrs['block']}, {data.attrs['k']} channels"
+    return _finish(figure, title, data)
+
+
+def embedding(data: xr.Dataset) -> Figure:
+    """``place`` (projection, rule, token, axis) and ``subject`` (token): tokens in two dimensions, coloured by the truth."""
+    methods, rules = data.projection.values, data.rule.values
+    figure, axes = _canvas(len(methods), len(rules), (3.6 * len(rules), 3.4 * len(methods)), squeeze=False)
+    subject = data.subject.values.astype(bool)
+    for row, method in enumerate(methods):
+        for column, rule in enumerate(rules):
+            x, y = data.place.sel(projection=method, rule=rule).transpose("axis", "token").values
+            for chosen, colour, name in ((~subject, "0.6", "background"), (subject, PALETTE[3], "subject")):
+                axes[row, column].scatter(x[chosen], y[chosen], s=3, lw=0, color=colour, label=name, alpha=0.6)
+            axes[row, column].set(xticks=[], yticks=[], title=f"{method}, {rule} {data.attrs['k']}")
+    axes[0, 0].legend(frameon=False, fontsize=8, markerscale=3)
+    told = ", ".join(f"{r} {float(data.separation.sel(rule=r)):.2f}" for r in rules)
+    title = f"Nearest neighbours of subject tokens that are subject too ({data.attrs['block']}): {told}"
+    return _finish(figure, title, data)
+
+
 def interactive_map(values: xr.DataArray, image: np.ndarray, title: str) -> go.Figure:
     """One channel over the image grid, beside the image; ``values`` (row, column), ``image`` uint8 (height, width, 3)."""
     import plotly.graph_objects as go
@@ -380,3 +567,19 @@ def interactive_spectrum(scores: xr.DataArray, k: int, title: str) -> go.Figure:
         template="plotly_white",
     )
     return figure
+
+
+def interactive_clusters(labels: xr.DataArray, heat: xr.DataArray, image: np.ndarray, title: str) -> go.Figure:
+    """The image, its clusters and its heat; ``labels`` and ``heat`` (row, column), ``image`` uint8 (height, width, 3)."""
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(1, 3, subplot_titles=("image", "clusters", "heat"), horizontal_spacing=0.04)
+    figure.add_trace(go.Image(z=image), 1, 1)
+    figure.add_trace(go.Heatmap(z=labels.values[::-1], colorscale="Viridis", showscale=False), 1, 2)
+    figure.add_trace(go.Heatmap(z=heat.values[::-1], colorscale="Magma", colorbar_len=0.9), 1, 3)
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False)
+    for column in (2, 3):
+        figure.update_yaxes(scaleanchor=f"x{column}", col=column)
+    return figure.update_layout(title=title, height=330, width=960, margin={"l": 10, "r": 10, "t": 60, "b": 10})

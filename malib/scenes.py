@@ -214,14 +214,20 @@ def empty(scene: Scene) -> np.ndarray:
     return np.clip(_background(scene, np.random.default_rng([scene.seed, 11])), 0, 1).astype(np.float32)
 
 
-def captions(count: int, seed: int = 0, subjects: int | None = 1, unseen: bool = False) -> list[str]:
-    """``count`` different canonical captions, fixed by ``seed``; a longer list begins with the shorter one."""
-    found: dict[str, None] = {}
+def gallery(count: int, seed: int = 0, subjects: int | None = 1, unseen: bool = False) -> list[Scene]:
+    """``count`` scenes with different canonical captions, fixed by ``seed``; a longer list begins with the shorter one."""
+    found: dict[str, Scene] = {}
     index = 0
     while len(found) < count:
-        found.setdefault(sample_scene(1_500_000_000 + seed * 1_000_003 + index, subjects, unseen).caption)
+        scene = sample_scene(1_500_000_000 + seed * 1_000_003 + index, subjects, unseen)
+        found.setdefault(scene.caption, scene)
         index += 1
-    return list(found)
+    return list(found.values())
+
+
+def captions(count: int, seed: int = 0, subjects: int | None = 1, unseen: bool = False) -> list[str]:
+    """The captions of ``gallery``."""
+    return [scene.caption for scene in gallery(count, seed, subjects, unseen)]
 
 
 def with_seed(scene: Scene, seed: int) -> Scene:

@@ -127,6 +127,23 @@ def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where(union > 0, (a & b).sum(-1) / np.maximum(union, 1), 1.0)
 
 
+def mask_scores(labels: np.ndarray, heat: np.ndarray, truth: np.ndarray, grid: tuple[int, int]) -> dict[str, np.ndarray]:
+    """IoU of two-means clusters with a truth, by how the foreground is chosen.
+
+    Args:
+        labels: (sample, ..., N) of 0 and 1.
+        heat: (sample, ..., N).
+        truth: boolean (sample, N).
+        grid: (rows, columns) of the tokens.
+
+    Returns:
+        (sample, ...) each: "heat" and "border" as in ``foreground``, "best" with the better of the two labels.
+    """
+    wide = truth.reshape(len(truth), *(1,) * (labels.ndim - 2), -1)
+    found = {rule: iou(foreground(labels, heat, grid, rule), wide) for rule in FOREGROUND}
+    return found | {"best": np.maximum(iou(labels.astype(bool), wide), iou(~labels.astype(bool), wide))}
+
+
 def matched_iou(labels: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Mean IoU of the regions of a truth with the clusters that fit them best, each cluster used once.
 

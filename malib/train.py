@@ -68,7 +68,7 @@ PRESETS = {
     p.name: p
     for p in (
         Preset("tiny", 2, 1, 2, steps=600, batch=16, scenes=4000, vae_channels=(16, 32), vae_steps=300, ema=0.99),
-        Preset("mini", 6, 1, 4, steps=8250, batch=32, decay_share=0.12, vae_steps=1200),
+        Preset("mini", 6, 1, 4, steps=7750, batch=32, decay_share=0.12, vae_steps=1200),
         Preset("base", 8, 2, 6, steps=40_000, batch=128, learning_rate=7e-4, ema=0.9995, scenes=200_000),
     )
 }

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from . import plots
-from .channels import TopK
-from .records import ChannelStats, HiddenStates
+from . import edits, plots
+from .channels import BottomK, RandomK, TopK
+from .records import ChannelStats, Clusters, HiddenStates
 from .spatial import on_grid
 
 if TYPE_CHECKING:
     import ipywidgets
     import plotly.graph_objects as go
 
-    from .dit import DiT, Generation
+    from .dit import DiT
+    from .generation import Comparison, Generation
 
 
 def watch(dit: DiT, prompt: str, seed: int, *, steps: int, cfg: float | None, guidance: float | None, k: int) -> Generation:
@@ -84,3 +86,124 @@ def explore(
         control.observe(draw, "value")
     run()
     return w.VBox([text, w.HBox([seed, k, rank]), w.HBox([step, layer]), branch, status, output])
+
+
+def disturbed(
+    dit: DiT,
+    prompt: str,
+    seed: int,
+    rule: str,
+    k: int,
+    layers: tuple[int, int],
+    steps_disturbed: tuple[int, int],
+    mode: str,
+    *,
+    steps: int,
+    cfg: float | None,
+    guidance: float | None,
+) -> Comparison:
+    """One sample undisturbed and disturbed; ``rule`` as in ``edits.controls``, first and last block and step inclusive."""
+    window = {
+        "layers": tuple(range(layers[0], layers[1] + 1)),
+        "steps": tuple(range(steps_disturbed[0], steps_disturbed[1] + 1)),
+    }
+    edit = edits.controls(k, **window)[rule][0][0]
+    if rule != "equal norm":  # which is a mode of its own
+        edit = replace(edit, mode=mode, factor=0.5)
+    call = {"steps": steps, "cfg": cfg, "guidance": guidance}
+    return dit.generate(prompt, seed, **call) | dit.generate(prompt, seed, edits=[edit], **call)
+
+
+def disturb(
+    dit: DiT, prompt: str, *, steps: int = 20, cfg: float | None = None, guidance: float | None = None
+) -> ipywidgets.VBox:
+    """Prompt, seed, rule, k, blocks, steps and mode; the disturbed picture beside the undisturbed one."""
+    import ipywidgets as w
+    from IPython.display import display
+
+    last = len(dit.blocks) - 1
+    text = w.Text(prompt, description="prompt", continuous_update=False, layout=w.Layout(width="720px"))
+    seed = w.BoundedIntText(0, 0, 2**31 - 1, description="seed", layout=w.Layout(width="180px"))
+    rule = w.Dropdown(options=list(edits.controls(1)), description="channels")
+    mode = w.Dropdown(options=["zero", "mean", "scale"], description="mode", tooltip="scale halves them")
+    k = w.IntSlider(8, 1, min(64, dit.width), description="k", continuous_update=False)
+    layers = w.IntRangeSlider(value=(0, last), min=0, max=last, description="blocks", continuous_update=False)
+    window = w.IntRangeSlider(value=(0, steps - 1), min=0, max=steps - 1, description="steps", continuous_update=False)
+    status, output = w.HTML(), w.Output()
+
+    def run(_: object = None) -> None:
+        status.value = "running ..."
+        given = (text.value, seed.value, rule.value, k.value, layers.value, window.value, mode.value)
+        try:
+            pair = disturbed(dit, *given, steps=steps, cfg=cfg, guidance=guidance)
+        except Exception as error:  # shown beside the controls, where the person looks
+            status.value = f"<b>{error}</b>"
+            return
+        status.value = ""
+        with output:
+            output.clear_output(wait=True)
+            display(pair)
+
+    for control in (text, seed, rule, mode, k, layers, window):
+        control.observe(run, "value")
+    run()
+    return w.VBox([text, w.HBox([seed, rule, mode]), w.HBox([k, layers, window]), status, output])
+
+
+def clustered(
+    dit: DiT,
+    prompt: str,
+    seed: int,
+    rule: str,
+    k: int,
+    layer: int,
+    step: int,
+    clusters: int,
+    *,
+    steps: int,
+    cfg: float | None,
+    guidance: float | None,
+) -> go.Figure:
+    """The clusters and the heat of one generation's tokens at one site; ``rule`` is "top", "bottom" or "random"."""
+    chosen = {"top": TopK(k), "bottom": BottomK(k), "random": RandomK(k, without_top=k)}[rule]
+    record = Clusters(channels=chosen, clusters=clusters, layers=layer, steps=step, branches="cond")
+    run = dit.generate(prompt, seed, steps=steps, cfg=cfg, guidance=guidance, record=[record])
+    data = run.records.clusters.squeeze(("sample", "step", "branch", "layer"))
+    shape = run.images.shape[1:3]
+    where = f"{data.block.item()}, step {step}, {rule} {k}"
+    return plots.interactive_clusters(on_grid(data.label, *shape), on_grid(data.heat, *shape), run.images[0], where)
+
+
+def cluster(
+    dit: DiT, prompt: str, *, steps: int = 20, cfg: float | None = None, guidance: float | None = None
+) -> ipywidgets.VBox:
+    """Prompt, seed, block, step, k, rule and number of clusters; the picture beside its clusters and its heat."""
+    import ipywidgets as w
+    from IPython.display import display
+
+    text = w.Text(prompt, description="prompt", continuous_update=False, layout=w.Layout(width="720px"))
+    seed = w.BoundedIntText(0, 0, 2**31 - 1, description="seed", layout=w.Layout(width="180px"))
+    rule = w.Dropdown(options=["top", "random", "bottom"], description="channels")
+    k = w.IntSlider(8, 1, min(64, dit.width // 2), description="k", continuous_update=False)
+    layer = w.Dropdown(options=[(b.name, b.layer) for b in dit.blocks], value=len(dit.blocks) // 2, description="block")
+    step = w.IntSlider(steps - 1, 0, steps - 1, description="step", continuous_update=False)
+    clusters = w.IntSlider(2, 2, 6, description="clusters", continuous_update=False)
+    status, output = w.HTML(), w.Output()
+
+    def run(_: object = None) -> None:
+        status.value = "running ..."
+        given = (text.value, seed.value, rule.value, k.value, layer.value, step.value, clusters.value)
+        try:
+            figure = clustered(dit, *given, steps=steps, cfg=cfg, guidance=guidance)
+        except Exception as error:  # shown beside the controls, where the person looks
+            status.value = f"<b>{error}</b>"
+            return
+        status.value = ""
+        with output:
+            output.clear_output(wait=True)
+            display(figure)
+
+    for control in (text, seed, rule, k, layer, step, clusters):
+        control.observe(run, "value")
+    run()
+    return w.VBox([text, w.HBox([seed, rule, k]), w.HBox([layer, step, clusters]), status, output])

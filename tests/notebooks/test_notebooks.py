@@ -37,6 +37,54 @@ def test_discovery(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert all(sum(row) == pytest.approx(1, abs=1e-3) for row in shares)
 
 
+@pytest.mark.parametrize(
+    ("notebook", "model", "given"),
+    [
+        ("02_disruption", "mini-flux", ["prompts=2", "steps=2", "ks=[2,8]"]),
+        ("02_disruption", "sd3", ["prompts=2", "steps=2", "k=2", "ks=[2,4]"]),
+        ("02_disruption", "sana", ["prompts=2", "steps=2", "k=2", "ks=[2,4]"]),
+        ("03_clustering", "mini-flux", ["pictures=8", "steps=2", "ks=[2,8]"]),
+        ("03_clustering", "sd3", ["pictures=8", "steps=2", "k=2", "ks=[2,4]"]),
+    ],
+)
+def test_disruption_and_clustering(
+    notebook: str, model: str, given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setenv("MALIB_CACHE", str(tmp_path / "cache"))
+    if model != "mini-flux":
+        architectures.build(model).save_pretrained(tmp_path / model)
+    source = model if model == "mini-flux" else str(tmp_path / model)
+    parameters = [word for pair in given for word in ("-p", pair)]
+    status = figures.main(["--only", notebook, "--model", source, "--out", str(tmp_path / "out"), *parameters])
+    assert status == 0, capsys.readouterr().out
+    documents = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "out").glob("*.json")}
+    (registered,) = (n for n in figures.NOTEBOOKS if n.name == notebook)
+    assert set(documents) == {f"{notebook[:2]}_{figure}" for figure in registered.figures}
+    assert all(d["n"] > 0 and len(d["weights"]) == 64 for d in documents.values())
+
+
+def test_the_disturber_shows_both_pictures_and_says_what_cannot_be(flux_dit: malib.DiT) -> None:
+    call = {"steps": 2, "cfg": 2.0, "guidance": None}
+    pair = widgets.disturbed(flux_dit, "a red star", 3, "top", 2, (1, 2), (0, 0), "zero", **call)
+    by_hand = flux_dit.generate("a red star", 3, edits=[malib.Disrupt(malib.TopK(2), layers=(1, 2), steps=(0,))], **call)
+    assert (pair.columns[1].images == by_hand.images).all() and "Disrupt" in pair._repr_html_()
+    box = widgets.disturb(flux_dit, "a red star", steps=2, cfg=2.0)
+    text, status = box.children[0], box.children[3]
+    text.value = " "
+    assert "non-empty text" in status.value
+
+
+def test_the_clusterer_shows_the_record(flux_dit: malib.DiT) -> None:
+    call = {"steps": 2, "cfg": 2.0, "guidance": None}
+    figure = widgets.clustered(flux_dit, "a red star", 3, "top", 4, 2, 1, 3, **call)
+    record = malib.Clusters(channels=malib.TopK(4), clusters=3, layers=2, steps=1, branches="cond")
+    labels = flux_dit.generate("a red star", 3, record=[record], **call).records.clusters.label.values.reshape(8, 8)
+    assert (figure.data[1].z[::-1] == labels).all()
+    box = widgets.cluster(flux_dit, "a red star", steps=2, cfg=2.0)
+    box.children[0].value = " "
+    assert "non-empty text" in box.children[3].value
+
+
 def test_the_explorer_draws_what_the_records_hold(flux_dit: malib.DiT) -> None:
     seen = widgets.watch(flux_dit, "a red star", 4, steps=2, cfg=2.0, guidance=None, k=3)
     token_map, spectrum = widgets.look(seen, step=1, layer=2, branch="uncond", rank=2)

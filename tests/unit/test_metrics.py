@@ -198,3 +198,40 @@ def test_a_pair_metric_of_torchmetrics_gives_one_number_a_pair() -> None:
     images = np.random.default_rng(0).integers(0, 255, size=(3, 32, 32, 3), dtype=np.uint8)
     found = metrics.torchmetrics_pairs(StructuralSimilarityIndexMeasure(data_range=1.0))(images, images[[0, 2, 1]])
     assert found[0] == pytest.approx(1.0, abs=1e-4) and (found[1:] < 0.5).all()
+
+
+def test_consequences_of_nothing_and_of_another_picture() -> None:
+    chosen = [scenes.sample_scene(4_300_000_000 + i) for i in range(12)]
+    images = np.stack([(scenes.render(s).image * 255).round().astype(np.uint8) for s in chosen])
+    panel = metrics.bundled_panel()
+    same = metrics.consequences(images, images, panel, chosen)
+    assert (same.sel(measure="distance") == 0).all() and (same.sel(measure="layout") == 1).all()
+    assert all(np.allclose(same.sel(measure=name), 1) for name in metrics.DETAILS)
+    kinds = ["shape", "colour", "size", "position", "background", "pattern"]
+    assert np.allclose(same.sel(measure="agreement"), same.sel(measure=kinds).mean("measure"))
+    other = metrics.consequences(images[::-1], images, panel, chosen)
+    assert other.sel(measure="agreement").mean() < 0.6 and other.sel(measure="layout").mean() < 0.6
+    bare = metrics.consequences(images, images, metrics.Panel(), chosen)
+    assert list(bare.measure.values) == ["distance", *metrics.DETAILS]
+
+
+def test_a_table_of_conditions_becomes_dimensions() -> None:
+    rng = np.random.default_rng(0)
+    table = {(r, k): xr.DataArray(rng.normal(size=(30, 2)), dims=("sample", "measure")) for r in "ab" for k in (8, 2)}
+    found = metrics.by(table, "rule", "k")
+    assert found["mean"].dims == ("rule", "k", "measure") and found.k.values.tolist() == [8, 2]
+    one = metrics.bootstrap(table["b", 2].values[:, 1])
+    at = found.sel(rule="b", k=2).isel(measure=1)
+    assert float(at["mean"]) == pytest.approx(one.mean) and float(at.low) == pytest.approx(one.low, abs=0.08)
+    del table["b", 2]
+    with pytest.raises(KeyError):
+        metrics.by(table, "rule", "k")
+
+
+def test_the_crude_segmenter_finds_a_disc_on_a_plain_ground() -> None:
+    image = np.full((2, 32, 32, 3), (20, 90, 200), np.uint8)
+    y, x = np.mgrid[:32, :32]
+    disc = np.hypot(y - 15, x - 17) < 8
+    image[1, disc] = (240, 200, 30)
+    image[0, ~disc] = (240, 200, 30)
+    assert (metrics.colour_masks(image) == disc).all()
