@@ -373,7 +373,7 @@ def strength(data: xr.Dataset) -> Figure:
         axis.set_xscale("log", base=2)
         axis.set_xticks(data.k.values, data.k.values)
         _ratio_axis(axis, measure)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     measure, k = measures[0] if "agreement" in measures else "high_frequency", data.attrs["k"]
     told = ", ".join(f"{r} {float(data['mean'].sel(rule=r, k=k, measure=measure)):.2f}" for r in data.rule.values)
     return _finish(figure, f"{_MEASURES[measure].capitalize()} with k = {k} in all blocks: {told}", data)
@@ -401,7 +401,7 @@ def sites(data: xr.Dataset) -> Figure:
         axis.set_xticks(places, data.site.values, rotation=35, ha="right")
         axis.set(xlabel=data.attrs["axis"], ylabel=_MEASURES[measure])
         _ratio_axis(axis, measure)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     measure = "agreement" if "agreement" in measures else "high_frequency"
     top = data["mean"].sel(rule="top", measure=measure)
     worst, best = (str(data.site.values[int(getattr(top, f)("site"))]) for f in ("argmin", "argmax"))
@@ -453,12 +453,10 @@ def mask_layers(data: xr.Dataset) -> Figure:
         axis.set(title=f"sigma {level:g}", ylim=(0, 1))
         _blocks(axis, data)
     axes[0, 0].set_ylabel("mean IoU, better of the two labels")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     best = data["mean"].sel(rule="top").max("layer")
     told = ", ".join(f"{float(v):.2f} at sigma {float(s):g}" for s, v in zip(data.sigma, best, strict=True))
-    return _finish(
-        figure, f"Masks from the top {data.attrs['k']} channels reach IoU {told} with {data.attrs['truth']}", data
-    )
+    return _finish(figure, f"Top {data.attrs['k']}: IoU {told} with {data.attrs['truth']}", data)
 
 
 def mask_rules(data: xr.Dataset) -> Figure:
