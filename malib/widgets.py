@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -50,8 +51,7 @@ def explore(
     import ipywidgets as w
     from IPython.display import display
 
-    text = w.Text(prompt, description="prompt", continuous_update=False, layout=w.Layout(width="720px"))
-    seed = w.BoundedIntText(0, 0, 2**31 - 1, description="seed", layout=w.Layout(width="180px"))
+    text, seed = _prompt_and_seed(prompt)
     k = w.IntSlider(8, 1, min(32, dit.width), description="k", continuous_update=False)
     step = w.IntSlider(steps - 1, 0, steps - 1, description="step")
     layer = w.Dropdown(options=[(b.name, b.layer) for b in dit.blocks], value=len(dit.blocks) // 2, description="block")
@@ -119,35 +119,20 @@ def disturb(
 ) -> ipywidgets.VBox:
     """Prompt, seed, rule, k, blocks, steps and mode; the disturbed picture beside the undisturbed one."""
     import ipywidgets as w
-    from IPython.display import display
 
     last = len(dit.blocks) - 1
-    text = w.Text(prompt, description="prompt", continuous_update=False, layout=w.Layout(width="720px"))
-    seed = w.BoundedIntText(0, 0, 2**31 - 1, description="seed", layout=w.Layout(width="180px"))
+    text, seed = _prompt_and_seed(prompt)
     rule = w.Dropdown(options=list(edits.controls(1)), description="channels")
     mode = w.Dropdown(options=["zero", "mean", "scale"], description="mode", tooltip="scale halves them")
     k = w.IntSlider(8, 1, min(64, dit.width), description="k", continuous_update=False)
     layers = w.IntRangeSlider(value=(0, last), min=0, max=last, description="blocks", continuous_update=False)
     window = w.IntRangeSlider(value=(0, steps - 1), min=0, max=steps - 1, description="steps", continuous_update=False)
-    status, output = w.HTML(), w.Output()
 
-    def run(_: object = None) -> None:
-        status.value = "running ..."
+    def show() -> Comparison:
         given = (text.value, seed.value, rule.value, k.value, layers.value, window.value, mode.value)
-        try:
-            pair = disturbed(dit, *given, steps=steps, cfg=cfg, guidance=guidance)
-        except Exception as error:  # shown beside the controls, where the person looks
-            status.value = f"<b>{error}</b>"
-            return
-        status.value = ""
-        with output:
-            output.clear_output(wait=True)
-            display(pair)
+        return disturbed(dit, *given, steps=steps, cfg=cfg, guidance=guidance)
 
-    for control in (text, seed, rule, mode, k, layers, window):
-        control.observe(run, "value")
-    run()
-    return w.VBox([text, w.HBox([seed, rule, mode]), w.HBox([k, layers, window]), status, output])
+    return _board(show, text, [seed, rule, mode], [k, layers, window])
 
 
 def clustered(
@@ -179,31 +164,48 @@ def cluster(
 ) -> ipywidgets.VBox:
     """Prompt, seed, block, step, k, rule and number of clusters; the picture beside its clusters and its heat."""
     import ipywidgets as w
-    from IPython.display import display
 
-    text = w.Text(prompt, description="prompt", continuous_update=False, layout=w.Layout(width="720px"))
-    seed = w.BoundedIntText(0, 0, 2**31 - 1, description="seed", layout=w.Layout(width="180px"))
+    text, seed = _prompt_and_seed(prompt)
     rule = w.Dropdown(options=["top", "random", "bottom"], description="channels")
     k = w.IntSlider(8, 1, min(64, dit.width // 2), description="k", continuous_update=False)
     layer = w.Dropdown(options=[(b.name, b.layer) for b in dit.blocks], value=len(dit.blocks) // 2, description="block")
     step = w.IntSlider(steps - 1, 0, steps - 1, description="step", continuous_update=False)
     clusters = w.IntSlider(2, 2, 6, description="clusters", continuous_update=False)
+
+    def show() -> go.Figure:
+        given = (text.value, seed.value, rule.value, k.value, layer.value, step.value, clusters.value)
+        return clustered(dit, *given, steps=steps, cfg=cfg, guidance=guidance)
+
+    return _board(show, text, [seed, rule, k], [layer, step, clusters])
+
+
+def _prompt_and_seed(prompt: str) -> tuple[ipywidgets.Text, ipywidgets.BoundedIntText]:
+    import ipywidgets as w
+
+    text = w.Text(prompt, description="prompt", continuous_update=False, layout=w.Layout(width="720px"))
+    return text, w.BoundedIntText(0, 0, 2**31 - 1, description="seed", layout=w.Layout(width="180px"))
+
+
+def _board(show: Callable[[], object], text: ipywidgets.Text, *rows: list[ipywidgets.Widget]) -> ipywidgets.VBox:
+    """Rows of controls over what ``show`` gives, which is called again whenever one of them changes."""
+    import ipywidgets as w
+    from IPython.display import display
+
     status, output = w.HTML(), w.Output()
 
     def run(_: object = None) -> None:
         status.value = "running ..."
-        given = (text.value, seed.value, rule.value, k.value, layer.value, step.value, clusters.value)
         try:
-            figure = clustered(dit, *given, steps=steps, cfg=cfg, guidance=guidance)
+            shown = show()
         except Exception as error:  # shown beside the controls, where the person looks
             status.value = f"<b>{error}</b>"
             return
         status.value = ""
         with output:
             output.clear_output(wait=True)
-            display(figure)
+            display(shown)
 
-    for control in (text, seed, rule, k, layer, step, clusters):
+    for control in (text, *(c for row in rows for c in row)):
         control.observe(run, "value")
     run()
-    return w.VBox([text, w.HBox([seed, rule, k]), w.HBox([layer, step, clusters]), status, output])
+    return w.VBox([text, *(w.HBox(row) for row in rows), status, output])
