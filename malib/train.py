@@ -301,7 +301,8 @@ license: mit
 # {preset.name}-flux
 
 A genuine, small `FluxPipeline` for studying massive activations, trained from scratch on procedural scenes
-(`malib/scenes.py`) by `{command}`.
+(`malib/scenes.py`) by `{command}`; where the table
+shows several plans, length, noise levels and decay were changed on the way.
 No weights come from elsewhere. Nothing in the initialisation (adaLN-zero) or the loss plants massive channels. Shipped is
 the exponential mean of the weights at the end; no checkpoint was chosen.
 
