@@ -426,7 +426,8 @@ def losses(data: xr.Dataset) -> Figure:
     first = str(data.condition.values[0])
     named = [m for m in row.measure.values if m != "distance"]
     lost = max(named, key=lambda m: abs(float(row.sel(measure=m))))
-    title = f"{first[0].upper()}{first[1:]}: the largest change is in {str(lost).replace('_', ' ')} ({float(row.sel(measure=lost)):+.2f})"
+    name, size = str(lost).replace("_", " "), float(row.sel(measure=lost))
+    title = f"{first[0].upper()}{first[1:]}: the largest change is in {name} ({size:+.2f})"
     return _finish(figure, title, data)
 
 
