@@ -236,12 +236,14 @@ class Panel:
         agreement: pictures and what was asked for (prompts; scenes for the bundled judge) -> float (B,), more is better.
         masks: pictures -> boolean (B, H, W), True on the foreground.
         attributes: like ``agreement``, but one array a kind of attribute, for those who can tell them apart.
+        quality: pictures -> float (B,), how good they look whatever they show, more is better.
     """
 
     features: Callable[[np.ndarray], np.ndarray] | None = None
     agreement: Callable[[np.ndarray, Sequence[Any]], np.ndarray] | None = None
     masks: Callable[[np.ndarray], np.ndarray] | None = None
     attributes: Callable[[np.ndarray, Sequence[Any]], dict[str, np.ndarray]] | None = None
+    quality: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 def bundled_panel() -> Panel:
@@ -287,7 +289,7 @@ def consequences(images: np.ndarray, base: np.ndarray, panel: Panel, asked: Sequ
 
     Returns:
         (sample, measure): ``distance`` to the base; the kinds of ``detail`` as ratios to the base's; with a panel ``layout``
-        (IoU of the foreground masks), ``agreement`` and its attributes.
+        (IoU of the foreground masks), ``agreement`` and its attributes, and ``quality``.
     """
     import xarray as xr
 
@@ -302,6 +304,8 @@ def consequences(images: np.ndarray, base: np.ndarray, panel: Panel, asked: Sequ
         found["agreement"] = panel.agreement(images, asked)
     if panel.attributes:
         found |= panel.attributes(images, asked)
+    if panel.quality:
+        found["quality"] = panel.quality(images)
     values = np.stack([np.asarray(v, dtype=np.float64) for v in found.values()], axis=1)
     return xr.DataArray(values, dims=("sample", "measure"), coords={"measure": list(found)})
 
@@ -327,7 +331,8 @@ def clip_agreement(model: Any, processor: Any, batch_size: int = 16) -> Callable
     """CLIP score, 100 max(cos, 0) of picture and prompt (Hessel et al., arXiv 2104.08718, without its factor 2.5).
 
     Args:
-        model: a transformers ``CLIPModel`` or one of its kin that gives ``image_embeds`` and ``text_embeds``.
+        model: a transformers ``CLIPModel`` or one of its kin that gives ``image_embeds`` and ``text_embeds``; HPSv2.1 and
+            PickScore are CLIP models with other weights, and enter here.
         processor: its ``CLIPProcessor``; prompts are cut at the model's length.
         batch_size: pictures at once.
     """
@@ -337,6 +342,40 @@ def clip_agreement(model: Any, processor: Any, batch_size: int = 16) -> Callable
         out = model(**processor(images=list(batch), **words, return_tensors="pt").to(model.device))
         cosine = (_unit(out.image_embeds) * _unit(out.text_embeds)).sum(-1)
         return 100 * cosine.clamp(min=0)
+
+    return _in_batches(scores, batch_size)
+
+
+def blip_agreement(model: Any, processor: Any, batch_size: int = 8) -> Callable[[np.ndarray, Sequence[str]], np.ndarray]:
+    """Probability, by BLIP's matching head, that prompt and picture belong together (Li et al., arXiv 2201.12086).
+
+    Args:
+        model: a transformers ``BlipForImageTextRetrieval``.
+        processor: its ``BlipProcessor``; prompts are cut at the model's length.
+        batch_size: pictures at once.
+    """
+
+    def scores(batch: np.ndarray, prompts: Sequence[str]) -> Any:
+        words = {"text": list(prompts), "padding": True, "truncation": True}
+        inputs = processor(images=list(batch), **words, return_tensors="pt").to(model.device)
+        return model(**inputs, use_itm_head=True).itm_score.softmax(-1)[:, 1]
+
+    return _in_batches(scores, batch_size)
+
+
+def aesthetic_quality(model: Any, processor: Any, head: Any, batch_size: int = 16) -> Callable[[np.ndarray], np.ndarray]:
+    """An aesthetic score from CLIP's picture embeddings, as LAION's predictor gives it, for a ``Panel``.
+
+    Args:
+        model: a transformers ``CLIPVisionModelWithProjection``.
+        processor: its image processor.
+        head: the predictor, a module from normalised embeddings (B, d) to (B, 1).
+        batch_size: pictures at once.
+    """
+
+    def scores(batch: np.ndarray) -> Any:
+        inputs = processor(images=list(batch), return_tensors="pt").to(model.device)
+        return head(_unit(model(**inputs).image_embeds))[:, 0]
 
     return _in_batches(scores, batch_size)
 

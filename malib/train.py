@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 TEXT_LENGTH = 32
 CHECKPOINT_EVERY = 250
-CARD_CAPTIONS = 64
+CARD_CAPTIONS = 256
+LOSS_BAND = 0.05
 _TRAINED = ("transformer", "text_encoder", "text_encoder_2")
 _HELD_OUT_SEED = 2_000_000_000
 PROBE_SIGMAS = (0.8, 0.5, 0.2)
@@ -67,7 +68,8 @@ class Preset:
 PRESETS = {
     p.name: p
     for p in (
-        Preset("tiny", 2, 1, 2, steps=600, batch=16, scenes=4000, vae_channels=(16, 32), vae_steps=300, ema=0.99),
+        Preset("tiny", 2, 1, 4, steps=1000, batch=32, scenes=8000, vae_channels=(16, 32), vae_steps=300),
+        Preset("small", 4, 1, 4, steps=1000, batch=32, scenes=8000, vae_channels=(16, 32), vae_steps=300),
         Preset("mini", 6, 1, 4, steps=7750, batch=32, decay_share=0.12, vae_steps=1200),
         Preset("base", 8, 2, 6, steps=40_000, batch=128, learning_rate=7e-4, ema=0.9995, scenes=200_000),
     )
@@ -239,8 +241,13 @@ def revive(data: Path, preset: Preset, seed: int, out: Path) -> None:
     (out / "preset.json").write_text(json.dumps(about, indent=1))
 
 
-def install(out: Path, data: Path) -> None:
+def install(out: Path, data: Path, model: bool = True) -> None:
     """Copy a finished training into a data folder: ``<name>-flux/``, ``probes/<name>-<seed>.safetensors`` and its log.
+
+    Args:
+        out: the training's working folder.
+        data: where to.
+        model: False leaves the model away and copies probe and log alone.
 
     Raises:
         FileNotFoundError: the training has not been finished.
@@ -249,28 +256,63 @@ def install(out: Path, data: Path) -> None:
         raise FileNotFoundError(f"{out} holds no finished training; run python -m malib.train --out {out} to its end first.")
     about = json.loads((out / "preset.json").read_text())
     name = f"{about['name']}-{about['seed']}"
-    shutil.copytree(out / "pipeline", data / f"{about['name']}-flux", dirs_exist_ok=True)
-    (data / "probes").mkdir(exist_ok=True)
+    if model:
+        shutil.copytree(out / "pipeline", data / f"{about['name']}-flux", dirs_exist_ok=True)
+    (data / "probes").mkdir(parents=True, exist_ok=True)
     shutil.copy(out / "probe.safetensors", data / "probes" / f"{name}.safetensors")
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     log = {**about, "vae": json.loads((out / "vae_log.json").read_text()), "flow": rows}
     (data / "probes" / f"{name}.json").write_text(json.dumps(log, indent=1) + "\n")
 
 
-def _accuracy_rows(pipeline: FluxPipeline, count: int) -> str:
-    """Prompt accuracy on held-out captions, as rows of the card's table."""
+def loss_deviation(rows: list[dict[str, float]], stored: list[dict[str, float]]) -> float:
+    """Largest relative deviation of two trainings' loss curves over the steps that both have logged.
+
+    Args:
+        rows: ``step``, ``loss`` (mean since the row before) and ``held_out``, as in ``log.jsonl``.
+        stored: the same of another training, as under ``flow`` in ``data/probes/<name>-<seed>.json``.
+
+    Raises:
+        ValueError: they have no step in common.
+    """
+    known = {row["step"]: row for row in stored}
+    shared = [(row[kind], known[row["step"]][kind]) for row in rows if row["step"] in known for kind in ("loss", "held_out")]
+    if not shared:
+        raise ValueError(
+            f"The two logs share no step: {[r['step'] for r in rows]} and {list(known)}; compare equal presets."
+        )
+    return max(abs(now - then) / then for now, then in shared)
+
+
+def _judged(pipeline: FluxPipeline, count: int) -> tuple[str, str]:
+    """What the judge says of pictures of held-out captions: prompt accuracy as rows of the card's table, and distances."""
     from .dit import DiT
     from .judge import prompt_accuracy, read
-    from .metrics import bootstrap
+    from .metrics import bootstrap, frechet_distance, kernel_distance
 
-    dit, cells = DiT(pipeline), {}
+    dit, cells, features = DiT(pipeline), {}, {"generated": [], "same captions": [], "others": []}
     for subjects in (1, 2):
-        chosen = [scenes.sample_scene(_HELD_OUT_SEED + 900_000 + i, subjects, unseen=True) for i in range(count)]
-        hits = prompt_accuracy(read(dit.generate([s.caption for s in chosen]).images), chosen)
-        for name, hit in hits.items():
+        chosen, others = (
+            [scenes.sample_scene(_HELD_OUT_SEED + first + i, subjects, unseen=True) for i in range(count)]
+            for first in (900_000, 950_000)
+        )
+        reading = read(dit.generate([s.caption for s in chosen]).images)
+        for name, hit in prompt_accuracy(reading, chosen).items():
             found = bootstrap(hit)
             cells.setdefault(name, []).append(f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]")
-    return "\n".join(f"| {name} | {' | '.join(row)} |" for name, row in [("n", [str(count)] * 2), *cells.items()])
+        features["generated"].append(reading.features)
+        for name, drawn in (("same captions", chosen), ("others", others)):
+            features[name].append(
+                read((np.stack([scenes.render(s).image for s in drawn]) * 255).round().astype(np.uint8)).features
+            )
+    accuracy = "\n".join(f"| {name} | {' | '.join(row)} |" for name, row in [("n", [str(count)] * 2), *cells.items()])
+    generated, same, others = (np.concatenate(part) for part in features.values())
+    lines = []
+    for name, pictures in (("mini-flux's pictures", generated), ("renderings of its captions", same)):
+        kernel = kernel_distance(pictures, others)
+        bounds = f"{kernel.mean:.3f} [{kernel.low:.3f}, {kernel.high:.3f}]"
+        lines.append(f"| {name} | {bounds} | {frechet_distance(pictures, others):.2f} |")
+    return accuracy, "\n".join(lines)
 
 
 @torch.no_grad()
@@ -286,7 +328,7 @@ def _card(pipeline: FluxPipeline, preset: Preset, seed: int, out: Path) -> str:
     lines = [f"| {r['step']} | {r['loss']:.4f} | {r['held_out']:.4f} | {r['seconds'] / 60:.0f} |" for r in shown]
     table = "\n".join(lines)
     blocks = f"{preset.double_blocks} double + {preset.single_blocks} single blocks, width {preset.heads * 64}"
-    accuracy = _accuracy_rows(pipeline, CARD_CAPTIONS)
+    accuracy, distances = _judged(pipeline, CARD_CAPTIONS)
     plans = json.loads((out / "preset.json").read_text())["plans"]
     planned = "; ".join(
         f"from step {p['from']} planned for {p['steps']}, noise shift {p['shift']:g}, decay {p['decay_share']:.0%}"
@@ -326,6 +368,13 @@ bootstrap interval. Captions name every attribute; none of their combinations of
 | | one subject | two subjects |
 |---|---|---|
 {accuracy}
+
+Distances of {2 * CARD_CAPTIONS} pictures, half of them with two subjects, to as many renderings of other held-out scenes, in
+the judge's features. The kernel distance is unbiased: about 0, and as often below, where both are renderings.
+
+| | kernel distance | Frechet distance |
+|---|---|---|
+{distances}
 
 ## Loss (rectified flow, mean squared error of the velocity)
 
@@ -692,6 +741,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--revive", type=Path, metavar="DATA", help="go on with what is installed in this folder")
     parser.add_argument("--install", type=Path, metavar="DATA", help="when done, copy model, probe and log into this folder")
+    parser.add_argument("--install-probe", type=Path, metavar="DATA", help="when done, copy probe and log alone")
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        metavar="DATA",
+        help=f"when done, hold the loss curve to the one in this folder, +-{LOSS_BAND:.0%}",
+    )
     parser.add_argument("--judge", action="store_true", help="train the judge instead, into --out (default: data/judge)")
     parser.add_argument("--eager", action="store_true", help="do without torch.compile")
     args = parser.parse_args(argv)
@@ -709,8 +765,23 @@ def main(argv: list[str] | None = None) -> None:
         print(train(preset, args.seed, out, args.device, not args.eager))
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         parser.error(str(error))
+    if args.compare:
+        _compare(out, args.compare / "probes" / f"{preset.name}-{args.seed}.json", parser)
+    if args.install_probe:
+        install(out, args.install_probe, model=False)
     if args.install:
         install(out, args.install)
+
+
+def _compare(out: Path, stored: Path, parser: argparse.ArgumentParser) -> None:
+    """Print how far the loss curve of ``out`` is from a stored one; exit with an error beyond ``LOSS_BAND``."""
+    if not stored.exists():
+        parser.error(f"There is no loss curve {stored}; leave --compare away, or give a folder that --install has filled.")
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    deviation = loss_deviation(rows, json.loads(stored.read_text())["flow"])
+    print(f"largest deviation of the loss from {stored}: {deviation:.2%} (at most {LOSS_BAND:.0%})")
+    if deviation > LOSS_BAND:
+        parser.error("The loss curve has left its band; another version of torch, or a changed training, explains it.")
 
 
 if __name__ == "__main__":

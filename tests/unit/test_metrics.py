@@ -152,10 +152,13 @@ def test_the_bundled_panel_agrees_with_a_rendering_and_with_its_mask() -> None:
 def test_models_of_the_user_sit_on_the_panel() -> None:
     """Tiny transformers models with random weights: shapes, and agreement with the model called by hand."""
     from transformers import (
+        BlipConfig,
+        BlipForImageTextRetrieval,
         CLIPConfig,
         CLIPModel,
         CLIPVisionConfig,
         CLIPVisionModel,
+        CLIPVisionModelWithProjection,
         SegformerConfig,
         SegformerForSemanticSegmentation,
     )
@@ -184,6 +187,19 @@ def test_models_of_the_user_sit_on_the_panel() -> None:
     whole = clip(**processor(list(images), ["a", "bb", "ccc", "dddd", "eeeee"]))
     cosine = torch.nn.functional.cosine_similarity(whole.image_embeds, whole.text_embeds).detach().numpy()
     assert np.allclose(scores, 100 * cosine.clip(0), atol=1e-3)
+
+    words = {**text, "bos_token_id": 1, "sep_token_id": 2, "pad_token_id": 0}
+    blip = BlipForImageTextRetrieval(BlipConfig(text_config=words, vision_config=vision, image_text_hidden_size=8)).eval()
+    scores = metrics.blip_agreement(blip, processor, batch_size=2)(images, ["a", "bb", "ccc", "dddd", "eeeee"])
+    one = blip(**processor(list(images[1:2]), ["bb"]), use_itm_head=True).itm_score.softmax(-1)[0, 1]
+    assert scores.shape == (5,) and scores[1] == pytest.approx(one.item(), abs=1e-5)
+
+    tower, head = CLIPVisionModelWithProjection(CLIPVisionConfig(**vision, projection_dim=16)).eval(), torch.nn.Linear(16, 1)
+    found = metrics.aesthetic_quality(tower, processor, head, batch_size=2)(images)
+    embeds = torch.nn.functional.normalize(tower(**processor(list(images))).image_embeds, dim=-1)
+    assert np.allclose(found, head(embeds)[:, 0].detach().numpy(), atol=1e-5)
+    asked = metrics.consequences(images, images, metrics.Panel(quality=lambda x: x.mean((1, 2, 3))), [""] * 5)
+    assert np.allclose(asked.sel(measure="quality"), images.mean((1, 2, 3)))
 
     config = SegformerConfig(
         num_labels=1, depths=[1] * 4, hidden_sizes=[8] * 4, num_attention_heads=[1] * 4, decoder_hidden_size=8

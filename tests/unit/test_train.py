@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from malib import train
 from malib.train import PRESETS
 
-SMALL = replace(PRESETS["tiny"], steps=6, batch=2, warmup=2, scenes=16, vae_steps=2, vae_batch=4)
+SMALL = replace(PRESETS["tiny"], single_blocks=2, steps=6, batch=2, warmup=2, scenes=16, vae_steps=2, vae_batch=4)
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +120,46 @@ def test_install_copies_what_the_notebooks_read_and_refuses_half_a_training(fini
     assert log["seed"] == 3 and log["flow"][-1]["step"] == 6
     card = (tmp_path / "tiny-flux" / "README.md").read_text()
     assert "dB PSNR" in card and "| n | 2 | 2 |" in card and "--preset tiny --seed 3 --steps 6" in card
+    train.install(finished, tmp_path / "bare", model=False)
+    assert sorted(p.name for p in (tmp_path / "bare").rglob("*")) == ["probes", "tiny-3.json", "tiny-3.safetensors"]
     with pytest.raises(FileNotFoundError, match="no finished training"):
         train.install(tmp_path / "nowhere", tmp_path)
+
+
+def test_loss_curves_are_held_to_each_other_over_their_common_steps() -> None:
+    then = [{"step": s, "loss": 1.0, "held_out": 2.0} for s in (250, 500, 750)]
+    now = [{"step": 500, "loss": 1.02, "held_out": 1.94}, {"step": 1000, "loss": 9.0, "held_out": 9.0}]
+    assert train.loss_deviation(now, then) == pytest.approx(0.03)
+    with pytest.raises(ValueError, match="share no step"):
+        train.loss_deviation(now, then[:1])
+
+
+def test_the_command_says_when_a_loss_curve_has_left_its_band(finished, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(PRESETS, "tiny", SMALL)
+    train.install(finished, tmp_path, model=False)
+    log = tmp_path / "probes" / "tiny-3.json"
+    call = [
+        "--preset",
+        "tiny",
+        "--seed",
+        "3",
+        "--out",
+        str(finished),
+        "--eager",
+        "--device",
+        "cpu",
+        "--compare",
+        str(tmp_path),
+    ]
+    monkeypatch.setattr(train, "CARD_CAPTIONS", 2)
+    train.main(call)
+    assert "deviation" in capsys.readouterr().out
+    about = json.loads(log.read_text())
+    about["flow"][-1]["loss"] *= 1.2
+    log.write_text(json.dumps(about))
+    with pytest.raises(SystemExit):
+        train.main(call)
+    assert "left its band" in capsys.readouterr().err
 
 
 def test_an_installed_training_goes_on_where_its_folder_is_lost(finished, tmp_path, monkeypatch) -> None:
