@@ -6,7 +6,7 @@
 from .cache import Store
 from .channels import BottomK, Channels, EnergyMatched, RandomK, TopK
 from .dit import DiT, load
-from .edits import Disrupt
+from .edits import Disrupt, Pictures, Transport
 from .generation import Comparison, Generation, Renoised
 from .records import ChannelStats, Clusters, Gates, HiddenStates
 
@@ -22,9 +22,11 @@ __all__ = [
     "Gates",
     "Generation",
     "HiddenStates",
+    "Pictures",
     "RandomK",
     "Renoised",
     "Store",
     "TopK",
+    "Transport",
     "load",
 ]

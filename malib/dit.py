@@ -7,7 +7,7 @@ import inspect
 import logging
 import platform
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ import numpy as np
 
 from . import scenes
 from .cache import Store, describe, key_of
+from .edits import Pictures
 from .families import Family, family_of
 from .generation import Generation, Renoised, flatten, restore
 from .records import Run, Window, name_of
@@ -24,6 +25,8 @@ from .records import Run, Window, name_of
 if TYPE_CHECKING:
     import torch
     import xarray as xr
+
+    from .edits import Transport
 
 log = logging.getLogger("malib")
 BUNDLED = "mini-flux"
@@ -222,7 +225,7 @@ class DiT:
         record, edits = _as_windows(record, "record"), _as_windows(edits, "edits")
         if guidance is not None and not self._takes_guidance():
             raise ValueError(f"{self.name} has no embedded guidance; leave guidance=None and set cfg instead.")
-        self._warn_unknown_words(prompts)
+        self._warn_unknown_words([*prompts, *(p for e in edits if getattr(e, "paired", False) for p in e.prompts)])
         height, width = size or (start.images.shape[1:3] if start else (self.size, self.size))
         if start and (len(start.images) != len(prompts) or start.images.shape[1:3] != (height, width)):
             found, *shape = start.images.shape[:3]
@@ -241,20 +244,32 @@ class DiT:
             "size": [height, width],
             "start": start,
         }
-        run = Run(len(prompts), steps, self.blocks)
+        run = Run(len(prompts), steps, self.blocks, (height, width))
         listeners = [item.start(run) for item in (*edits, *record)]
+        pairs = [
+            (edit, listener) for edit, listener in zip(edits, listeners, strict=False) if getattr(edit, "paired", False)
+        ]
+        for group, (edit, listener) in enumerate(pairs):
+            listener.group = group
+            if isinstance(edit.source, Pictures) and edit.source.images.shape[1:3] != (height, width):
+                raise ValueError(
+                    f"The source's pictures have {edit.source.images.shape[2]} x {edit.source.images.shape[1]} pixels, the "
+                    f"generation {width} x {height}; resize them, or pass size=."
+                )
         context = {"weights": self.fingerprint, "device": self.device.split(":")[0], "dtype": self.dtype}
         key = key_of({**call, **context, "versions": versions()})
         if self.store and (found := self.store.get(key)):
             return restore(*found)
         images, latents, sigmas = [], [], []
-        for first in range(0, len(prompts), self.batch_size):
-            part = slice(first, first + self.batch_size)
+        at_once = max(1, self.batch_size // (1 + len(pairs)))
+        for first in range(0, len(prompts), at_once):
+            part = slice(first, first + at_once)
             try:
                 begin = Renoised(start.images[part], start.sigma) if start else None
-                arguments = self.arguments(prompts[part], seeds[part], steps, cfg, guidance, (height, width), begin)
                 with self._exact_sigmas() if start else nullcontext():
-                    batch = self._run(arguments, listeners)
+                    batch = self._batch(
+                        part, prompts, seeds, [e for e, _ in pairs], listeners, steps, cfg, guidance, (height, width), begin
+                    )
             except BaseException:
                 for listener in listeners:
                     listener.discard()
@@ -294,7 +309,6 @@ class DiT:
     ) -> dict[str, Any]:
         """What the diffusers pipeline is called with for one batch, so that the same call can be made by hand."""
         import torch
-        from diffusers.utils.torch_utils import randn_tensor
 
         family, pipeline = self.family, self.pipeline
         cfg = self.default_cfg if cfg is None else cfg
@@ -318,10 +332,7 @@ class DiT:
             arguments["max_sequence_length"] = min(limit, 512)
         if start:
             clean = self.encode(start.images)
-            noise = randn_tensor(clean.shape, generator=arguments["generator"], device=clean.device, dtype=clean.dtype)
-            mixed = torch.lerp(clean, noise, start.sigma)
-            pack = getattr(pipeline, "_pack_latents", None)
-            arguments["latents"] = pack(mixed, *mixed.shape) if pack else mixed
+            arguments["latents"] = self._pack(torch.lerp(clean, self._noise(tuple(clean.shape), seeds), start.sigma))
             arguments["sigmas"] = [start.sigma * (1 - i / steps) for i in range(steps)]
         return arguments
 
@@ -337,19 +348,127 @@ class DiT:
         return (latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
 
     @contextmanager
-    def _exact_sigmas(self) -> Iterator[None]:
-        """The pipeline with a plain rectified-flow scheduler, which takes sigmas as they are given."""
+    def _exact_sigmas(self, scheduler: Any = None) -> Iterator[None]:
+        """The pipeline with a plain rectified-flow scheduler, which takes sigmas as they are given, or with another one."""
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         own = self.pipeline.scheduler
-        self.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+        self.pipeline.scheduler = scheduler or FlowMatchEulerDiscreteScheduler(shift=1.0)
         try:
             yield
         finally:
             self.pipeline.scheduler = own
 
-    def _run(self, arguments: dict[str, Any], listeners: list[Any]) -> tuple[np.ndarray, np.ndarray, list[float]]:
-        """One batch through the pipeline: images, final latents and sigmas."""
+    def _batch(
+        self,
+        part: slice,
+        prompts: list[str],
+        seeds: list[int],
+        pairs: list[Transport],
+        listeners: list[Any],
+        steps: int,
+        cfg: float,
+        guidance: float | None,
+        size: tuple[int, int],
+        start: Renoised | None,
+    ) -> tuple[np.ndarray, np.ndarray, list[float]]:
+        """One batch of samples, with the sources of paired transports as companions behind them."""
+        own, everyone, all_seeds = len(prompts[part]), prompts[part], seeds[part]
+        routes: list[tuple[slice, Callable[[float], torch.Tensor]]] = []
+        for edit in pairs:
+            asked, noise = _rows(edit.prompts, part, own), _rows(edit.seeds, part, own) if edit.seeds else seeds[part]
+            if isinstance(edit.source, Pictures):
+                shown = np.stack(_rows(edit.source.images, part, own))
+                routes.append(
+                    (slice(len(everyone), len(everyone) + own), self._route(shown, asked, noise, edit.source, steps))
+                )
+            everyone, all_seeds = everyone + asked, all_seeds + noise
+        if start and pairs:
+            start = Renoised(np.concatenate([start.images] * (1 + len(pairs))), start.sigma)
+        arguments = self.arguments(everyone, all_seeds, steps, cfg, guidance, size, start)
+        if routes:
+            first = start.sigma if start else 1.0
+            if not start:
+                shape = routes[0][1](first).shape
+                arguments["latents"] = self._pack(self._noise((len(everyone), *shape[1:]), all_seeds))
+            for rows, at in routes:
+                arguments["latents"][rows] = self._pack(at(first))
+        return self._run(arguments, listeners, own, routes)
+
+    def _route(
+        self, images: np.ndarray, prompts: list[str], seeds: list[int], source: Pictures, steps: int
+    ) -> Callable[[float], torch.Tensor]:
+        """What the model is to read of pictures at a noise level, as a function of sigma; unpacked latents."""
+        import torch
+
+        clean = self.encode(images)
+        if source.route == "noise":
+            noise = self._noise(tuple(clean.shape), seeds)
+            return lambda sigma: torch.lerp(clean, noise, sigma)
+        path = self.invert(images, prompts, steps)
+
+        def at(sigma: float) -> torch.Tensor:
+            """Between two points of the path the flow goes straight, for it was found by Euler steps."""
+            place = min(max(sigma, 0.0), 1.0) * steps
+            low = min(int(place), steps - 1)
+            return torch.lerp(path[low], path[low + 1], place - low)
+
+        return at
+
+    def invert(self, images: np.ndarray, prompts: Sequence[str], steps: int = 20) -> list[torch.Tensor]:
+        """Rectified-flow inversion: the way from pictures back to noise, by Euler steps upwards and without guidance.
+
+        Args:
+            images: uint8 (B, H, W, 3).
+            prompts: what they show, one a picture; "" is allowed.
+            steps: Euler steps from sigma 0 to 1.
+
+        Returns:
+            ``steps`` + 1 unpacked latents (B, C, h, w), at sigma 0, 1 / steps, ..., 1.
+        """
+        import torch
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        clean = self.encode(images)
+        found = [clean]
+        size = tuple(images.shape[1:3])
+        arguments = self.arguments(list(prompts), [0] * len(images), steps, 1.0, None, size)
+        arguments |= {"latents": self._pack(clean), "sigmas": [1 - i / steps for i in range(steps)], "output_type": "latent"}
+
+        def keep(_: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            found.append(self._unpack(tensors["latents"], size))
+            return {}
+
+        with torch.no_grad(), self._exact_sigmas(FlowMatchEulerDiscreteScheduler(shift=1.0, invert_sigmas=True)):
+            self.pipeline(**arguments, callback_on_step_end=keep)
+        return found
+
+    def _noise(self, shape: tuple[int, ...], seeds: list[int]) -> torch.Tensor:
+        """The noise that the pipeline draws for these seeds, unpacked."""
+        import torch
+        from diffusers.utils.torch_utils import randn_tensor
+
+        vae, generators = self.pipeline.vae, [torch.Generator("cpu").manual_seed(s) for s in seeds]
+        return randn_tensor(shape, generator=generators, device=vae.device, dtype=vae.dtype)
+
+    def _pack(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, h, w) as the pipeline holds them."""
+        pack = getattr(self.pipeline, "_pack_latents", None)
+        return pack(latents, *latents.shape) if pack else latents
+
+    def _unpack(self, latents: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """The way back from ``_pack``."""
+        unpack = getattr(self.pipeline, "_unpack_latents", None)
+        return unpack(latents, *size, self.pipeline.vae_scale_factor) if unpack else latents
+
+    def _run(
+        self,
+        arguments: dict[str, Any],
+        listeners: list[Any],
+        own: int,
+        routes: list[tuple[slice, Callable[[float], torch.Tensor]]],
+    ) -> tuple[np.ndarray, np.ndarray, list[float]]:
+        """One batch through the pipeline: images, final latents and sigmas of its first ``own`` samples."""
         import torch
 
         from .hooks import Tap
@@ -357,19 +476,24 @@ class DiT:
         family, pipeline, samples = self.family, self.pipeline, len(arguments["prompt"])
         final: dict[str, torch.Tensor] = {}
 
-        def keep_latents(_: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        def after_step(_: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             final["latents"] = tensors["latents"]
-            return {}
+            if not routes:
+                return {}
+            latents = tensors["latents"].clone()
+            for rows, at in routes:  # pictures are read where their own route is at the next noise level
+                latents[rows] = self._pack(at(float(pipeline.scheduler.sigmas[index + 1]))).to(latents.dtype)
+            return {"latents": latents}
 
         if "callback_on_step_end" in inspect.signature(pipeline.__call__).parameters:
-            arguments["callback_on_step_end"] = keep_latents
-        with torch.no_grad(), Tap(pipeline, family, samples, listeners):
-            pixels = pipeline(**arguments).images
+            arguments["callback_on_step_end"] = after_step
+        with torch.no_grad(), Tap(pipeline, family, samples, listeners, samples // own - 1):
+            pixels = pipeline(**arguments).images[:own]
         if not np.isfinite(pixels).all():
             warnings.warn("Some images hold NaN; in float16 use bfloat16 or float32 instead.", stacklevel=3)
             pixels = np.nan_to_num(pixels)
         sigmas = getattr(pipeline.scheduler, "sigmas", None)
-        latents = final["latents"].float().cpu().numpy() if final else np.zeros((samples, 0), np.float32)
+        latents = final["latents"][:own].float().cpu().numpy() if final else np.zeros((own, 0), np.float32)
         return (
             (pixels * 255).round().astype(np.uint8),
             latents,
@@ -478,6 +602,11 @@ def _checksum(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         place = torch.arange(start + 1, start + 1 + len(bits), device=flat.device)
         plain, weighted = plain + bits.sum(), weighted + (bits * place).sum()
     return plain, weighted
+
+
+def _rows(values: Sequence[Any], part: slice, count: int) -> list[Any]:
+    """The part of a batch of what was given once for all, or once a sample."""
+    return list(values) * count if len(values) == 1 else list(values[part])
 
 
 def _check_prompts(prompts: list[str]) -> None:

@@ -5,11 +5,16 @@ Several edits of one call are applied in the given order, each to what the one b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
+from .cache import describe
 from .channels import BottomK, EnergyMatched, RandomK, Rule, TopK, random_frame
-from .records import Run, Window, _Listener
+from .generation import Generation, check_pictures
+from .records import HiddenStates, Run, Window, _Listener, name_of
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -18,6 +23,8 @@ if TYPE_CHECKING:
     from .hooks import Event
 
 MODES = ("zero", "mean", "scale", "rotate")
+WHOSE = ("source", "target", "union")
+ROUTES = ("noise", "inversion")
 
 
 @dataclass(frozen=True)
@@ -123,3 +130,251 @@ class _DisruptListener(_Listener):
 
         mask = self._assemble("mask", ("channel",))
         return xr.Dataset() if mask is None else xr.Dataset({"mask": mask})
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """Real pictures as the source of a transport. How a picture becomes activations is ours: the paper does not say.
+
+    Attributes:
+        images: uint8 (n, height, width, 3), of the size of the generation; one for all targets, or one a target.
+        prompts: what they show, one for all or one a picture; "" is allowed.
+        route: "noise": at every step the model reads ``(1 - sigma) * picture + sigma * noise`` with the target's own noise.
+            "inversion": it reads the point at sigma of the path that leads from the picture back to noise, found by Euler
+            steps of the same flow upwards, without guidance.
+    """
+
+    version: ClassVar[int] = 1
+
+    images: np.ndarray
+    prompts: tuple[str, ...] = ("",)
+    route: str = "noise"
+
+    def __post_init__(self) -> None:
+        prompts = (self.prompts,) if isinstance(self.prompts, str) else tuple(self.prompts)
+        object.__setattr__(self, "prompts", prompts)
+        check_pictures(self.images)
+        if len(prompts) not in (1, len(self.images)):
+            raise ValueError(
+                f"{len(self.images)} pictures but {len(prompts)} prompts were given; give one, or one a picture."
+            )
+        if self.route not in ROUTES:
+            raise ValueError(f"Route '{self.route}' is unknown; use {' or '.join(ROUTES)}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """Selected channels of a source, recorded once: ``values`` (sample, step, branch, layer, token, rank), their ``ids``."""
+
+    version: ClassVar[int] = 1
+
+    values: np.ndarray
+    ids: np.ndarray
+    steps: tuple[int, ...]
+    branches: tuple[str, ...]
+    layers: tuple[int, ...]
+
+    @classmethod
+    def of(cls, source: Generation, rule: Rule, window: Window) -> Recorded:
+        """What ``HiddenStates(channels=rule)`` has recorded in a generation, at the stream and point of a window.
+
+        Raises:
+            ValueError: the generation holds no such record.
+        """
+        wanted, number = {"channels": describe(rule), "stream": window.stream, "point": window.point, "tokens": None}, 1
+        for item in source.provenance["call"]["record"]:
+            if item["type"] != "HiddenStates":
+                continue
+            if all(item[name] == value for name, value in wanted.items()):
+                break
+            number += 1
+        else:
+            raise ValueError(
+                f"The source holds no hidden states of {rule}; generate it with record=[HiddenStates(channels={rule})]."
+            )
+        data = getattr(source.records, name_of(HiddenStates()) + (f"_{number}" if number > 1 else ""))
+        places = (tuple(data[name].values.tolist()) for name in ("step", "branch", "layer"))
+        return cls(data.value.values, data.channel_id.values, *places)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@dataclass(frozen=True, eq=False)
+class Transport(Window):
+    """Carry a source's activations into the target's: ``X_t <- X_t (1 - M) + X_s M`` (MAs-DiT, arXiv 2605.13974).
+
+    ``M = strength * p m^T`` with p the mask of tokens and m that of channels. By default at the output of every block, at
+    every step and in every branch; the fields of ``Window`` restrict it. What was chosen is recorded: ``mask`` (sample,
+    step, branch, layer, channel) and, where they are not all, ``tokens`` (sample, step, branch, layer, token).
+
+    Source and target travel in one batch, in step by construction, and share the target's noise. A ``Generation`` that has
+    recorded ``HiddenStates(channels=<the same rule>)`` is replayed instead: it costs nothing but the copying.
+
+    Attributes:
+        channels: a rule such as ``TopK(8)``.
+        source: a prompt for all targets or one a target; ``Pictures``; or a ``Generation``.
+        mask: which tokens. None: all. "source" | "target" | "union": the foreground of these, by two-means in the selected
+            channels at the very site (the cluster that fills less of the border). Or numbers in [0, 1], (tokens,), (rows,
+            columns), or one of these a sample.
+        whose: whose scores choose the channels: "source", "target", or "union" of both choices.
+        strength: from 0, which changes nothing, to 1, the paper's swap.
+        seeds: of the source's noise, one for all or one a target; None shares each target's.
+    """
+
+    version: ClassVar[int] = 1
+
+    channels: Rule
+    source: str | Sequence[str] | Pictures | Recorded | Generation
+    mask: str | np.ndarray | None = None
+    whose: str = "source"
+    strength: float = 1.0
+    seeds: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.channels, Rule):
+            raise TypeError(f"Transport was given {self.channels!r}; give it a rule such as TopK(8) or Channels((3, 7)).")
+        if self.whose not in WHOSE:
+            raise ValueError(f"whose='{self.whose}' is unknown; use one of {', '.join(WHOSE)}.")
+        if not 0 <= self.strength <= 1:
+            raise ValueError(f"strength is {self.strength}; it must lie between 0 and 1.")
+        if isinstance(self.mask, str) and self.mask not in WHOSE:
+            raise ValueError(f"mask='{self.mask}' is unknown; use one of {', '.join(WHOSE)}, None, or an array.")
+        if isinstance(self.mask, str) and self.stream != "image":
+            raise ValueError(f"mask='{self.mask}' needs places in the picture; text tokens have none, so leave mask=None.")
+        if self.mask is not None and not isinstance(self.mask, str):
+            mask = np.asarray(self.mask, dtype=np.float32)
+            object.__setattr__(self, "mask", mask)
+            if not ((mask >= 0) & (mask <= 1)).all():
+                raise ValueError("The mask holds numbers outside [0, 1]; give booleans, or numbers from 0 to 1.")
+        if isinstance(self.seeds, int):
+            object.__setattr__(self, "seeds", (self.seeds,))
+        source = self.source
+        if isinstance(source, Generation):
+            source = Recorded.of(source, self.channels, self)
+        elif not isinstance(source, (Pictures, Recorded)):
+            source = (source,) if isinstance(source, str) else tuple(source)
+        object.__setattr__(self, "source", source)
+        if not self.paired and self.whose != "source":
+            raise ValueError(
+                f"A recorded source holds its own channels alone; whose='{self.whose}' needs a prompt or pictures."
+            )
+
+    @property
+    def paired(self) -> bool:
+        """Whether the source travels with the target; else it was recorded."""
+        return not isinstance(self.source, Recorded)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Of a paired source."""
+        return self.source.prompts if isinstance(self.source, Pictures) else self.source
+
+    def start(self, run: Run) -> _TransportListener:
+        """A listener that applies the edit and records what it selected."""
+        count = len(self.source.images) if isinstance(self.source, Pictures) else len(self.source)
+        for name, found in (("sources", count), ("source seeds", len(self.seeds or (0,)))):
+            if found not in (1, run.samples):
+                raise ValueError(f"{found} {name} were given for {run.samples} prompts; give one for all, or one a prompt.")
+        return _TransportListener(self, run)
+
+
+class _TransportListener(_Listener):
+    writes = True
+    record: Transport
+
+    def __init__(self, record: Transport, run: Run) -> None:
+        super().__init__(record, run)
+        self.group = 0 if record.paired else None  # which companions of the batch are its source
+        self._done, self._size = 0, 0
+        self._moved: dict[str, Tensor] = {}
+
+    def __call__(self, event: Event, x: Tensor, source: Tensor | None = None) -> None:
+        if not self.record.covers(event):
+            return
+        self._size = len(x)
+        rule, whose, site = self.record.channels, self.record.whose, (event.step, event.branch, event.layer)
+        if source is None:
+            source, mask, values = self._recorded(event, x)
+        else:
+            masks = [rule.mask(s, event.layer) for n, s in (("target", x), ("source", source)) if whose in (n, "union")]
+            mask, values = masks[0] | masks[-1], None
+        tokens = self._tokens(event, x, source, values)
+        weight = mask[:, None] if tokens is None else mask[:, None] * tokens[..., None]
+        if self.record.strength == 1 and weight.dtype == mask.dtype:
+            x.copy_(source.where(weight, x))
+        else:
+            x.copy_(x.lerp(source, (weight * self.record.strength).to(x.dtype)))
+        self.keep("mask", site, mask)
+        if tokens is not None:
+            self.keep("tokens", site, tokens)
+
+    def _tokens(self, event: Event, x: Tensor, source: Tensor, values: Tensor | None) -> Tensor | None:
+        """The mask of tokens: None for all, boolean (B, tokens) by two-means, or the given numbers."""
+        import torch
+
+        from .spatial import figure_masks, min_max, subspace, token_grid
+
+        wanted, rule = self.record.mask, self.record.channels
+        if wanted is None:
+            return None
+        if isinstance(wanted, str):
+            grid, points = token_grid(x.shape[1], *self.run.size), []
+            if wanted in ("source", "union"):
+                points.append(subspace(source, rule, event.layer)[0] if values is None else min_max(values))
+            if wanted in ("target", "union"):
+                points.append(subspace(x, rule, event.layer)[0])
+            masks = [figure_masks(p, grid) for p in points]
+            return masks[0] | masks[-1]
+        if "mask" not in self._moved:
+            per_sample = wanted.size == self.run.samples * x.shape[1] and len(wanted) == self.run.samples
+            if wanted.size != x.shape[1] and not per_sample:
+                raise ValueError(
+                    f"The mask has shape {wanted.shape}, but a picture has {x.shape[1]} tokens; give ({x.shape[1]},), the "
+                    "grid of the tokens, or one of these a sample."
+                )
+            whole = np.isin(wanted, (0, 1)).all()
+            mask = torch.from_numpy(wanted.astype(bool) if whole else wanted)
+            self._moved["mask"] = mask.reshape(-1, x.shape[1]).to(x.device)
+        return self._rows(self._moved["mask"], len(x))
+
+    def _rows(self, values: Tensor, count: int) -> Tensor:
+        """The rows of this batch of what was given once for all, or once a sample."""
+        one = len(values) == 1
+        return values.expand(count, *values.shape[1:]) if one else values[self._done : self._done + count]
+
+    def _recorded(self, event: Event, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The target with the source's channels put in, their mask, and their values (B, tokens, k)."""
+        import torch
+
+        known = self.record.source
+        try:
+            place = tuple(
+                names.index(name)
+                for names, name in ((known.steps, event.step), (known.branches, event.branch), (known.layers, event.layer))
+            )
+        except ValueError:
+            raise ValueError(
+                f"The source was not recorded at step {event.step}, branch {event.branch}, layer {event.layer}; record it "
+                "there, with as many steps and the same guidance, or narrow the transport's window."
+            ) from None
+        if known.values.shape[4] != x.shape[1]:
+            raise ValueError(f"The source has {known.values.shape[4]} tokens and the target {x.shape[1]}; use equal sizes.")
+        if "values" not in self._moved:
+            self._moved["values"] = torch.from_numpy(known.values).to(x.device)
+            self._moved["ids"] = torch.from_numpy(known.ids).to(x.device).long()
+        values, ids = (self._rows(self._moved[n][:, *place], len(x)) for n in ("values", "ids"))
+        values = values.to(x.dtype)
+        mask = torch.zeros(len(x), x.shape[2], dtype=torch.bool, device=x.device).scatter_(1, ids, True)
+        return x.scatter(2, ids[:, None].expand(-1, x.shape[1], -1), values), mask, values
+
+    def flush(self) -> None:
+        super().flush()
+        self._done += self._size
+
+    def dataset(self) -> xr.Dataset:
+        import xarray as xr
+
+        found = {name: self._assemble(name, (dim,)) for name, dim in (("mask", "channel"), ("tokens", "token"))}
+        return xr.Dataset({n: v for n, v in found.items() if v is not None})

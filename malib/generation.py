@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+def check_pictures(images: np.ndarray) -> None:
+    """Refuse what is no stack of pictures, uint8 (B, H, W, 3)."""
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise ValueError(f"Pictures must be uint8 (B, H, W, 3), not {images.dtype} {images.shape}.")
+
+
 @dataclass(frozen=True, eq=False)
 class Renoised:
     """Where a generation begins: given pictures under noise, ``(1 - sigma) * latents + sigma * noise``.
@@ -30,8 +36,7 @@ class Renoised:
     sigma: float
 
     def __post_init__(self) -> None:
-        if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[3] != 3:
-            raise ValueError(f"Pictures must be uint8 (B, H, W, 3), not {self.images.dtype} {self.images.shape}.")
+        check_pictures(self.images)
         if not 0 < self.sigma <= 1:
             raise ValueError(f"sigma is {self.sigma}; it must be above 0 and at most 1.")
 
@@ -144,7 +149,7 @@ def restore(arrays: dict[str, np.ndarray], document: dict) -> Generation:
 def _edits_in_words(generation: Generation) -> str:
     """The edits of a generation, without the fields that say "everywhere"."""
 
-    plain = {"mode": "zero", "factor": 0.0, "seed": 0}
+    plain = {"mode": "zero", "factor": 0.0, "seed": 0, "whose": "source", "strength": 1.0}
 
     def words(value: Any) -> str:
         if isinstance(value, dict):

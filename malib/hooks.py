@@ -44,7 +44,11 @@ class Event:
 
 
 class Listener(Protocol):
-    """Reads, or writes in place, the tensors of the events it wants."""
+    """Reads, or writes in place, the tensors of the events it wants.
+
+    One that has a ``group`` (a number) is called with a third argument, the tensor of its companions: samples that travel
+    behind the others in the same batch, group after group. All others never see companions.
+    """
 
     writes: bool
 
@@ -72,13 +76,15 @@ class Tap(AbstractContextManager):
         family: the transformer's row.
         samples: number of samples of the pipeline call, by which batched guidance is told from a plain batch.
         listeners: called in the given order, writers before readers.
+        groups: how many groups of companions are among the samples, behind the others and as many each.
 
     Raises:
         RuntimeError: the transformer is compiled or a cache accelerator is on, which would hide or fake block outputs.
     """
 
-    def __init__(self, pipeline: Any, family: Family, samples: int, listeners: Sequence[Listener]) -> None:
+    def __init__(self, pipeline: Any, family: Family, samples: int, listeners: Sequence[Listener], groups: int = 0) -> None:
         self._pipeline, self._family, self._samples = pipeline, family, samples
+        self._own = samples // (1 + groups)
         self._listeners = sorted(listeners, key=lambda listener: not listener.writes)
         self._undo = ExitStack()
         self._calls, self._named, self._branches = 0, "", BRANCHES[:1]
@@ -163,9 +169,13 @@ class Tap(AbstractContextManager):
 
     def _send(self, wanted: list[Listener], x: Tensor, *site: Any) -> None:
         for branch, part in zip(self._branches, x.chunk(len(self._branches)), strict=True):
-            event = Event(self.step, branch, *site)
+            event, (own, *companions) = Event(self.step, branch, *site), part.split(self._own)
             for listener in wanted:
-                listener(event, part)
+                group = getattr(listener, "group", None)
+                if group is None:
+                    listener(event, own)
+                else:
+                    listener(event, own, companions[group])
 
     def _input_hook(self, block: Block, stream: str, argument: str, wanted: list[Listener]) -> Callable:
         position = list(block.stack.arguments).index(stream)

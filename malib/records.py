@@ -76,11 +76,12 @@ class Window:
 
 @dataclass(frozen=True)
 class Run:
-    """What a record needs to know of the run it reads."""
+    """What a record or an edit needs to know of the run; ``size`` is the pictures' (height, width)."""
 
     samples: int
     steps: int
     blocks: tuple[Block, ...]
+    size: tuple[int, int] = (1, 1)
 
 
 def name_of(record: object) -> str:
@@ -412,17 +413,10 @@ class _ClustersListener(_Listener):
     def __call__(self, event: Event, x: Tensor) -> None:
         if not self.record.covers(event):
             return
-        from .spatial import kmeans, min_max
+        from .spatial import kmeans, subspace
 
-        site, rule = (event.step, event.branch, event.layer), self.record.channels
-        try:
-            ids = rule.ids(x, event.layer)
-            points = min_max(x.gather(2, ids[:, None].expand(-1, x.shape[1], -1)))
-            heat = points.mean(2)
-        except TypeError:  # a varying number of channels a sample: all channels, those left out being constant
-            mask = rule.mask(x, event.layer)[:, None]
-            points = min_max(x) * mask
-            heat = points.sum(2) / mask.sum(2)
+        site = (event.step, event.branch, event.layer)
+        points, heat = subspace(x, self.record.channels, event.layer)
         self.keep("label", site, kmeans(points, self.record.clusters, seed=self.record.seed).char())
         self.keep("heat", site, heat)
 

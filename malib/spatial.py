@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     import xarray as xr
     from torch import Tensor
 
+    from .channels import Rule
+
 FOREGROUND = ("heat", "border")
 
 
@@ -46,6 +48,45 @@ def min_max(x: Tensor) -> Tensor:
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
     span = high - low
     return (x - low) / span.where(span > 0, span.new_ones(()))
+
+
+def subspace(x: Tensor, rule: Rule, layer: int) -> tuple[Tensor, Tensor]:
+    """The tokens in the channels that a rule selects, each scaled to [0, 1] over the tokens.
+
+    Args:
+        x: (B, tokens, channels) hidden states.
+        rule: which channels, for each sample its own.
+        layer: whose states they are.
+
+    Returns:
+        Points (B, tokens, k), with all channels (the others being 0) where the rule has no fixed k; and their mean over the
+        selected channels, the heat, (B, tokens).
+    """
+    try:
+        ids = rule.ids(x, layer)
+    except TypeError:
+        mask = rule.mask(x, layer)[:, None]
+        points = min_max(x) * mask
+        return points, points.sum(2) / mask.sum(2)
+    points = min_max(x.gather(2, ids[:, None].expand(-1, x.shape[1], -1)))
+    return points, points.mean(2)
+
+
+def figure_masks(points: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Foreground by two-means and the rule "border" of ``foreground``, on the device and without waiting for it.
+
+    Args:
+        points: (B, tokens, D), as of ``subspace``.
+        grid: (rows, columns) of the tokens.
+
+    Returns:
+        Boolean (B, tokens).
+    """
+    one = kmeans(points, restarts=2, iterations=12).bool()
+    framed = one.view(-1, *grid)
+    edge = framed[:, 1:-1, [0, -1]].sum((1, 2)) + framed[:, [0, -1]].sum((1, 2))
+    total = 2 * (grid[0] + grid[1]) - 4
+    return one ^ (edge > total / 2)[:, None]
 
 
 def kmeans(x: Tensor, clusters: int = 2, restarts: int = 4, iterations: int = 30, seed: int = 0) -> Tensor:

@@ -19,9 +19,11 @@ from malib import (
     EnergyMatched,
     Gates,
     HiddenStates,
+    Pictures,
     RandomK,
     Renoised,
     TopK,
+    Transport,
 )
 from malib.records import Window
 from malib.spatial import kmeans, min_max
@@ -253,6 +255,93 @@ def test_clusters_are_those_of_the_recorded_states(any_dit: DiT) -> None:
             assert np.array_equal(found.label[:, 0, 0, 1], kmeans(scaled * mask[:, None]))
 
 
+SOURCES = ["a large yellow cross on the right", "a white square"]
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def test_transport_of_a_sample_onto_itself_or_of_no_strength_changes_nothing(any_dit: DiT) -> None:
+    plain = any_dit.generate(PROMPTS, steps=STEPS).latents
+    for edit in (Transport(TopK(4), PROMPTS), Transport(TopK(4), SOURCES, strength=0.0)):
+        np.testing.assert_allclose(any_dit.generate(PROMPTS, steps=STEPS, edits=[edit]).latents, plain, **CLOSE)
+    moved = any_dit.generate(PROMPTS, steps=STEPS, edits=[Transport(TopK(4), SOURCES)]).latents
+    assert not np.allclose(moved, plain, atol=1e-2)
+
+
+def test_all_channels_of_all_tokens_are_the_sources_states(any_dit: DiT) -> None:
+    last = HiddenStates(layers=len(any_dit.blocks) - 1)
+    every = Transport(TopK(any_dit.width), SOURCES)
+    moved, source = (
+        any_dit.generate(prompts, steps=STEPS, record=[last], edits=edits).records.hidden_states.value
+        for prompts, edits in ((PROMPTS, [every]), (SOURCES, []))
+    )
+    first = {"step": 0}  # later steps start from other latents, but every step ends in the source's own states
+    np.testing.assert_allclose(moved.sel(first), source.sel(first), **CLOSE)
+    np.testing.assert_allclose(moved, source, rtol=1e-3, atol=1e-3)
+
+
+def test_a_recorded_source_does_what_a_travelling_one_does(any_dit: DiT) -> None:
+    rule, window = TopK(4), {"layers": (0, 1), "branches": "cond"}
+    once = any_dit.generate(SOURCES, steps=STEPS, record=[HiddenStates(channels=rule, **window)])
+    for mask in (None, "source", "union"):
+        paired, replayed = (
+            any_dit.generate(PROMPTS, steps=STEPS, edits=[Transport(rule, source, mask=mask, **window)])
+            for source in (SOURCES, once)
+        )
+        np.testing.assert_allclose(replayed.latents, paired.latents, **CLOSE)
+        assert replayed.records.transport.mask.equals(paired.records.transport.mask)
+    one = any_dit.generate(SOURCES[:1], [5], steps=STEPS, record=[HiddenStates(channels=rule, **window)])
+    spread, each = (
+        any_dit.generate(PROMPTS, steps=STEPS, edits=[Transport(rule, source, seeds=seeds, **window)]).latents
+        for source, seeds in ((one, None), (SOURCES[:1], (5,)))
+    )
+    np.testing.assert_allclose(spread, each, **CLOSE)
+
+
+def test_companions_are_seen_by_nobody_else_and_batches_do_not_matter(any_dit: DiT) -> None:
+    """Two transports and a disruption in one call; readers and other writers see the targets alone."""
+    edits = [Transport(TopK(3), SOURCES), Disrupt(TopK(2)), Transport(BottomK(2), "a ring", layers=1, whose="union")]
+    whole = any_dit.generate(PROMPTS, steps=STEPS, edits=edits, record=[ChannelStats(top=0), Gates()])
+    assert whole.records.channel_stats.sizes["sample"] == whole.records.disrupt.sizes["sample"] == 2
+    assert whole.images.shape[0] == whole.records.gates.sizes["sample"] == 2
+    kept, any_dit.batch_size = any_dit.batch_size, 1
+    try:
+        parts = any_dit.generate(PROMPTS, steps=STEPS, edits=edits, record=[ChannelStats(top=0)])
+    finally:
+        any_dit.batch_size = kept
+    np.testing.assert_allclose(parts.latents, whole.latents, **CLOSE)
+    assert parts.records.transport.mask.equals(whole.records.transport.mask)
+
+
+def test_a_picture_is_read_at_every_noise_level_with_the_targets_noise(any_dit: DiT) -> None:
+    side, prompt = any_dit.size, SOURCES[0]
+    images = np.random.default_rng(0).integers(0, 255, size=(1, side, side, 3), dtype=np.uint8)
+    first = HiddenStates(layers=0, branches="cond")
+    edit = Transport(TopK(any_dit.width), Pictures(images, prompt), layers=0)
+    moved = any_dit.generate(PROMPTS[0], 3, steps=STEPS, edits=[edit], record=[first]).records.hidden_states
+    if type(any_dit.pipeline).__name__ == "SanaPipeline":  # its own solver begins below sigma 1, and rounds its times
+        return
+    for step, sigma in enumerate(moved.sigma.values):
+        start = Renoised(images, float(sigma))
+        read = any_dit.generate(prompt, 3, steps=1, start=start, record=[first]).records.hidden_states
+        np.testing.assert_allclose(moved.value.isel(step=step), read.value.isel(step=0), rtol=1e-3, atol=1e-3)
+
+
+def test_inversion_follows_the_flow_upwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the velocity is c everywhere, the path from a picture leads along c."""
+    dit = DiT(architectures.build("flux"))
+    out = dit.pipeline.transformer.proj_out
+    with torch.no_grad():
+        out.weight.zero_()
+        out.bias.fill_(0.7)
+    images = np.random.default_rng(0).integers(0, 255, size=(2, dit.size, dit.size, 3), dtype=np.uint8)
+    clean, path = dit.encode(images), dit.invert(images, ["", ""], 4)
+    assert len(path) == 5
+    for index, latents in enumerate(path):
+        torch.testing.assert_close(latents, clean + 0.7 * index / 4)
+    at = dit._route(images, ["", ""], [0, 1], Pictures(images, route="inversion"), 4)
+    torch.testing.assert_close(at(0.6), clean + 0.42)
+
+
 def test_starting_from_pictures(any_dit: DiT) -> None:
     """At almost no noise nothing is left to do; the noise is that of the seed; the pipeline keeps its scheduler."""
     own, side = any_dit.pipeline.scheduler, any_dit.size
@@ -289,6 +378,16 @@ def test_starting_from_pictures(any_dit: DiT) -> None:
         (lambda d: d.generate(PROMPTS, start=Renoised(np.zeros((1, 32, 32, 3), np.uint8), 0.5)), "1 pictures of 32 x 32"),
         (lambda d: Renoised(np.zeros((1, 32, 32, 3), np.uint8), 1.5), "sigma is 1.5"),
         (lambda d: Renoised(np.zeros((1, 32, 32, 3)), 0.5), "must be uint8"),
+        (lambda d: d.generate(PROMPTS, edits=[Transport(TopK(1), ["a", "b", "c"])]), "3 sources were given for 2"),
+        (lambda d: d.generate(PROMPTS, edits=[Transport(TopK(1), "a", mask=np.ones((3, 3)))]), "mask has shape"),
+        (
+            lambda d: d.generate(PROMPTS, edits=[Transport(TopK(1), Pictures(np.zeros((1, 8, 8, 3), np.uint8)))]),
+            "8 x 8 pixels",
+        ),
+        (lambda d: Transport(TopK(1), d.generate(PROMPTS, steps=1)), "holds no hidden states"),
+        (lambda d: Transport(TopK(1), "a", strength=2.0), "strength is 2.0"),
+        (lambda d: Transport(TopK(1), "a", mask="here"), "mask='here'"),
+        (lambda d: Transport(TopK(1), "a", mask="source", stream="text"), "text tokens have none"),
     ],
 )
 def test_bad_input_gets_one_sentence(any_dit: DiT, call, words: str) -> None:

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from malib import Channels, Disrupt, EnergyMatched, RandomK, TopK
+from malib import Channels, Disrupt, EnergyMatched, Pictures, RandomK, TopK, Transport
 from malib.channels import random_frame
 from malib.edits import controls
 from malib.hooks import Event
@@ -101,3 +102,61 @@ def test_controls_match_the_top_in_number_energy_or_norm() -> None:
     assert [len(v) for v in controls(4, draws=2).values()] == [1, 1, 2, 2, 2]
     (first,), (second,) = controls(4, draws=2, layers=3)["random"]
     assert first != second and first.layers == second.layers == (3,)
+
+
+def moved(x: torch.Tensor, source: torch.Tensor, **fields) -> tuple[torch.Tensor, torch.Tensor]:
+    """A transport at the output of one block, and the channels that it took."""
+    found = x.clone()
+    listener = Transport(source="a star", **fields).start(Run(len(x), 1, (None,), (2, 3)))
+    listener(AT, found, source)
+    listener.flush()
+    return found, torch.from_numpy(listener.dataset().mask.values[:, 0, 0, 0])
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.3])
+@pytest.mark.parametrize("whose", ["source", "target", "union"])
+def test_transport_is_the_papers_formula(strength: float, whose: str) -> None:
+    x, source = states(), states(3)[1:] * 2 + 1
+    p = np.array([[1, 0, 1, 0.5, 0, 0], [0, 0, 0, 1, 0.25, 1]])
+    found, taken = moved(x, source, channels=TopK(3), mask=p, whose=whose, strength=strength)
+    m = torch.zeros(2, 10)
+    for sample in range(2):
+        for name, states_of in (("source", source), ("target", x)):
+            if whose in (name, "union"):
+                m[sample, states_of[sample].mean(0).abs().topk(3).indices] = 1
+    weight = strength * torch.from_numpy(p).float()[:, :, None] * m[:, None]
+    assert torch.equal(taken, m.bool())
+    assert torch.allclose(found, x * (1 - weight) + source * weight, atol=1e-6)
+    assert torch.equal(found[weight == 0], x[weight == 0]) and torch.equal(found[weight == 1], source[weight == 1])
+
+
+def test_transport_finds_the_figure_of_source_or_target() -> None:
+    """Two planted figures on a 4 x 4 grid: inside, two channels are large."""
+    grids = np.zeros((2, 4, 4), dtype=bool)
+    grids[0, 1:3, 1:3] = grids[1, 0:2, 1] = True
+    figures = torch.from_numpy(grids.reshape(2, 1, 16))
+    base = torch.randn(1, 16, 10, generator=torch.Generator().manual_seed(0)) * 0.1
+    lifted = base + 5
+    x, source = (torch.where(f[..., None] & (torch.arange(10) < 2), lifted, base) for f in figures)
+    for mask, where in (("source", figures[1]), ("target", figures[0]), ("union", figures[0] | figures[1])):
+        listener = Transport(Channels((0, 1)), "a star", mask=mask).start(Run(1, 1, (None,), (64, 64)))
+        found = x.clone()
+        listener(AT, found, source)
+        listener.flush()
+        assert np.array_equal(listener.dataset().tokens.values[:, 0, 0, 0], where.numpy())
+        assert torch.equal(found[where][:, :2], source[where][:, :2]) and torch.equal(found[~where], x[~where])
+
+
+def test_pictures_and_masks_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="must be uint8"):
+        Pictures(np.zeros((1, 8, 8, 3)))
+    with pytest.raises(ValueError, match="2 pictures but 3 prompts"):
+        Pictures(np.zeros((2, 8, 8, 3), np.uint8), ("a", "b", "c"))
+    with pytest.raises(ValueError, match="Route 'teleport'"):
+        Pictures(np.zeros((2, 8, 8, 3), np.uint8), route="teleport")
+    with pytest.raises(ValueError, match="numbers from 0 to 1"):
+        Transport(TopK(1), "a", mask=np.full(6, 2.0))
+    with pytest.raises(ValueError, match="whose='mine'"):
+        Transport(TopK(1), "a", whose="mine")
+    with pytest.raises(TypeError, match="give it a rule"):
+        Transport(3, "a")
