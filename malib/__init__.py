@@ -6,7 +6,7 @@
 from .cache import Store
 from .channels import BottomK, Channels, EnergyMatched, RandomK, TopK
 from .dit import DiT, load
-from .edits import Disrupt, Pictures, Transport
+from .edits import Disrupt, Interpolate, Pictures, Transport
 from .generation import Comparison, Generation, Renoised
 from .records import ChannelStats, Clusters, Gates, HiddenStates
 
@@ -22,6 +22,7 @@ __all__ = [
     "Gates",
     "Generation",
     "HiddenStates",
+    "Interpolate",
     "Pictures",
     "RandomK",
     "Renoised",

@@ -347,6 +347,25 @@ class DiT:
         latents = found.latent_dist.mean if hasattr(found, "latent_dist") else found.latent
         return (latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
 
+    def decode(self, latents: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
+        """Latents as a ``Generation`` holds them, as pictures: the pipeline's own last step.
+
+        Args:
+            latents: (B, ...), as in ``Generation.latents``.
+            size: (height, width) in pixels; None for the model's own size.
+
+        Returns:
+            uint8 (B, H, W, 3).
+        """
+        import torch
+
+        vae = self.pipeline.vae
+        packed = torch.from_numpy(latents).to(vae.device, vae.dtype)
+        scaled = self._unpack(packed, size or (self.size, self.size)) / vae.config.scaling_factor
+        with torch.no_grad():
+            pixels = vae.decode(scaled + (vae.config.get("shift_factor") or 0), return_dict=False)[0]
+        return (self.pipeline.image_processor.postprocess(pixels, output_type="np") * 255).round().astype(np.uint8)
+
     @contextmanager
     def _exact_sigmas(self, scheduler: Any = None) -> Iterator[None]:
         """The pipeline with a plain rectified-flow scheduler, which takes sigmas as they are given, or with another one."""

@@ -6,7 +6,7 @@ Several edits of one call are applied in the given order, each to what the one b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -274,10 +274,73 @@ class Transport(Window):
     def start(self, run: Run) -> _TransportListener:
         """A listener that applies the edit and records what it selected."""
         count = len(self.source.images) if isinstance(self.source, Pictures) else len(self.source)
-        for name, found in (("sources", count), ("source seeds", len(self.seeds or (0,)))):
-            if found not in (1, run.samples):
-                raise ValueError(f"{found} {name} were given for {run.samples} prompts; give one for all, or one a prompt.")
+        _check_number("sources", count, run)
+        _check_number("source seeds", len(self.seeds or (0,)), run)
         return _TransportListener(self, run)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Interpolate(Window):
+    """Interpolate the prompt's embeddings between target and source, the plain baseline of a transport.
+
+    ``(1 - strength) * target + strength * source`` of everything that carries the prompt into the transformer; where a model
+    masks the padding of its prompts, both prompts' tokens count.
+
+    Attributes:
+        source: a prompt for all targets, or one a target.
+        strength: from 0 (the target's prompt) to 1 (the source's).
+    """
+
+    version: ClassVar[int] = 1
+    points: ClassVar[tuple[str, ...]] = ("prompt",)
+    paired: ClassVar[bool] = True
+    seeds: ClassVar[None] = None
+
+    source: str | Sequence[str]
+    strength: float = 0.5
+    stream: str = field(default="text", init=False)
+    point: str = field(default="prompt", init=False)
+    layers: None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.strength <= 1:
+            raise ValueError(f"strength is {self.strength}; it must lie between 0 and 1.")
+        object.__setattr__(self, "source", (self.source,) if isinstance(self.source, str) else tuple(self.source))
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Of the source."""
+        return self.source
+
+    def start(self, run: Run) -> _InterpolateListener:
+        """A listener that applies the edit."""
+        _check_number("sources", len(self.source), run)
+        return _InterpolateListener(self, run)
+
+
+def _check_number(name: str, found: int, run: Run) -> None:
+    if found not in (1, run.samples):
+        raise ValueError(f"{found} {name} were given for {run.samples} prompts; give one for all, or one a prompt.")
+
+
+class _InterpolateListener(_Listener):
+    writes = True
+    group = 0
+    record: Interpolate
+
+    def __call__(self, event: Event, x: Tensor, source: Tensor) -> None:
+        if not self.record.covers(event):
+            return
+        if event.gate.endswith("mask"):
+            x.copy_(x.maximum(source))
+        else:
+            x.lerp_(source, self.record.strength)
+
+    def dataset(self) -> xr.Dataset:
+        import xarray as xr
+
+        return xr.Dataset()
 
 
 class _TransportListener(_Listener):

@@ -54,6 +54,7 @@ class Family:
         order: the branches in that order.
         cfg_argument: the pipeline's argument for the classifier-free scale.
         guidance_argument: the pipeline's argument for the embedded guidance value, if the architecture may have one.
+        conditioning: the transformer's arguments that carry the prompt.
         sequence_tokenizer: the tokenizer whose ``model_max_length`` is the length of the text stream, if it is variable.
         call: further constant arguments of the pipeline.
     """
@@ -64,6 +65,7 @@ class Family:
     order: tuple[str, ...]
     cfg_argument: str
     guidance_argument: str | None = None
+    conditioning: tuple[str, ...] = ("encoder_hidden_states", "pooled_projections")
     sequence_tokenizer: str | None = None
     call: dict[str, Any] = field(default_factory=dict)
 
@@ -112,6 +114,7 @@ FAMILIES = {
             passes="batched",
             order=("uncond", "cond"),
             cfg_argument="guidance_scale",
+            conditioning=("encoder_hidden_states", "encoder_attention_mask"),
             call={"use_resolution_binning": False},
         ),
     )

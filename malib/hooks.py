@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .families import BRANCHES, Family, Gate, Stack
 
-POINTS = ("input", "output", "gate")
+POINTS = ("input", "output", "gate", "prompt")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Event:
-    """Where a tensor was seen. ``gate`` names the AdaLN gate when ``point`` is "gate"."""
+    """Where a tensor was seen.
+
+    ``gate`` names the AdaLN gate when ``point`` is "gate". At the point "prompt" the tensors are what carries the prompt
+    into the transformer, before any block: ``layer`` is -1 then, and ``gate`` the name of the argument.
+    """
 
     step: int
     branch: str
@@ -98,6 +102,9 @@ class Tap(AbstractContextManager):
             if hasattr(transformer, "cache_context"):
                 self._replace(undo, transformer, "cache_context", self._cache_context)
             undo.callback(transformer.register_forward_pre_hook(self._on_call, with_kwargs=True).remove)
+            if wanted := self._wanting(-1, "text", "prompt"):
+                hook = self._prompt_hook(wanted)
+                undo.callback(transformer.register_forward_pre_hook(hook, with_kwargs=True).remove)
             for block in blocks_of(transformer, self._family):
                 self._tap_block(undo, block)
             self._undo = undo.pop_all()
@@ -176,6 +183,17 @@ class Tap(AbstractContextManager):
                     listener(event, own)
                 else:
                     listener(event, own, companions[group])
+
+    def _prompt_hook(self, wanted: list[Listener]) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+            changed = dict(kwargs)
+            for name in self._family.conditioning:
+                if (x := kwargs.get(name)) is not None:
+                    changed[name] = x.clone()  # the pipeline holds on to it for the steps to come
+                    self._send(wanted, changed[name], -1, "text", "prompt", name)
+            return args, changed
+
+        return hook
 
     def _input_hook(self, block: Block, stream: str, argument: str, wanted: list[Listener]) -> Callable:
         position = list(block.stack.arguments).index(stream)

@@ -19,6 +19,7 @@ from malib import (
     EnergyMatched,
     Gates,
     HiddenStates,
+    Interpolate,
     Pictures,
     RandomK,
     Renoised,
@@ -310,6 +311,24 @@ def test_companions_are_seen_by_nobody_else_and_batches_do_not_matter(any_dit: D
         any_dit.batch_size = kept
     np.testing.assert_allclose(parts.latents, whole.latents, **CLOSE)
     assert parts.records.transport.mask.equals(whole.records.transport.mask)
+
+
+def test_interpolated_prompts_lead_from_the_target_to_the_source(any_dit: DiT) -> None:
+    target, source = any_dit.generate(PROMPTS, steps=STEPS), any_dit.generate(SOURCES, steps=STEPS)
+    masked = "encoder_attention_mask" in any_dit.family.conditioning  # then the target's own tokens stay visible
+    for strength, end in ((0.0, target), (1.0, source)):
+        found = any_dit.generate(PROMPTS, steps=STEPS, edits=[Interpolate(source=SOURCES, strength=strength)])
+        if not masked:
+            np.testing.assert_allclose(found.latents, end.latents, **CLOSE)
+    half = any_dit.generate(PROMPTS, steps=STEPS, edits=[Interpolate(source=SOURCES)]).latents
+    assert not np.allclose(half, target.latents, atol=1e-3) and not np.allclose(half, source.latents, atol=1e-3)
+    again = any_dit.generate(PROMPTS, steps=STEPS, edits=[Interpolate(source=PROMPTS, strength=0.7)]).latents
+    np.testing.assert_allclose(again, target.latents, **CLOSE)
+
+
+def test_latents_decode_to_the_pictures_they_were(any_dit: DiT) -> None:
+    run = any_dit.generate(PROMPTS, steps=STEPS)
+    assert np.abs(any_dit.decode(run.latents).astype(int) - run.images).max() <= 1
 
 
 def test_a_picture_is_read_at_every_noise_level_with_the_targets_noise(any_dit: DiT) -> None:
