@@ -141,6 +141,24 @@ class Channels(Rule):
         return x.new_tensor(ids, dtype=int).expand(x.shape[0], -1)
 
 
+def controls(k: int, draws: int = 1) -> dict[str, list[Rule]]:
+    """The massive channels and the rules that they must be held against, by name.
+
+    Args:
+        k: number of massive channels.
+        draws: how many random draws of each control that has some; average over them.
+
+    Returns:
+        "top"; "equal energy", so many random channels as hold the top k's energy; "random" k, without the top k; "bottom" k.
+    """
+    return {
+        "top": [TopK(k)],
+        "equal energy": [EnergyMatched(k, seed=s) for s in range(draws)],
+        "random": [RandomK(k, seed=s, without_top=k) for s in range(draws)],
+        "bottom": [BottomK(k)],
+    }
+
+
 def jaccard(a: Tensor, b: Tensor) -> Tensor:
     """Overlap of two selections.
 
@@ -272,6 +290,37 @@ def random_overlap(k: int, channels: int) -> float:
 
     shared = np.arange(k + 1)
     return float((hypergeom(channels, k, k).pmf(shared) * shared / (2 * k - shared)).sum())
+
+
+def random_lead(channels: int) -> float:
+    """Expected largest over median among ``channels`` normal values' sizes: the lead that chance gives to a width."""
+    from scipy.integrate import quad
+    from scipy.stats import halfnorm
+
+    return quad(lambda x: 1 - halfnorm.cdf(x) ** channels, 0, 20, points=[1, 2, 3, 4, 5])[0] / halfnorm.median()
+
+
+def growth(scores: xr.DataArray, k: int) -> xr.Dataset:
+    """The massive channels of one training, over its steps.
+
+    Args:
+        scores: (train_step, layer, channel), as of ``train.load_probe`` at one sigma or on average.
+        k: how many channels count as the top.
+
+    Returns:
+        ``lead`` (train_step): highest score over the median, mean over the blocks; ``kept`` (train_step): Jaccard overlap of
+        the top k with those at the end, mean over the blocks; ``top`` (layer, rank): the ids at the end.
+    """
+    import xarray as xr
+
+    ordered = scores.transpose("train_step", "layer", "channel")
+    ids = np.argsort(-ordered.values, axis=-1, kind="stable")[..., :k]
+    top = xr.DataArray(
+        ids, {n: c for n, c in ordered.coords.items() if "channel" not in c.dims}, (*ordered.dims[:2], "rank")
+    )
+    kept = overlap(top, "train_step", k).isel(other=-1).mean("layer")
+    lead = leading(ordered, (1,)).sel(rank=1, drop=True).mean("layer")
+    return xr.Dataset({"lead": lead, "kept": kept, "top": top.isel(train_step=-1, drop=True)})
 
 
 def pick(values: xr.DataArray, ids: Mapping[int, Sequence[int]]) -> xr.DataArray:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from . import channels
 from .cache import describe
-from .channels import BottomK, EnergyMatched, RandomK, Rule, TopK, random_frame
+from .channels import Rule, TopK, random_frame
 from .generation import Generation, check_pictures
 from .records import HiddenStates, Run, Window, _Listener, name_of
 
@@ -76,17 +77,10 @@ def controls(k: int, draws: int = 1, **window: Any) -> dict[str, list[list[Disru
         window: fields of ``Window`` for every edit.
 
     Returns:
-        "top" and "bottom" k; "random" k, the top k excluded; "equal energy", so many random channels as hold the top k's
-        energy; "equal norm", the same norm taken from every token in a random subspace.
+        Those of ``channels.controls``, and "equal norm", the same norm taken from every token in a random subspace.
     """
-    seeds = range(draws)
-    return {
-        "top": [[Disrupt(TopK(k), **window)]],
-        "bottom": [[Disrupt(BottomK(k), **window)]],
-        "random": [[Disrupt(RandomK(k, seed=s, without_top=k), **window)] for s in seeds],
-        "equal energy": [[Disrupt(EnergyMatched(k, seed=s), **window)] for s in seeds],
-        "equal norm": [[Disrupt(TopK(k), mode="rotate", seed=s, **window)] for s in seeds],
-    }
+    found = {name: [[Disrupt(rule, **window)] for rule in rules] for name, rules in channels.controls(k, draws).items()}
+    return found | {"equal norm": [[Disrupt(TopK(k), mode="rotate", seed=s, **window)] for s in range(draws)]}
 
 
 class _DisruptListener(_Listener):

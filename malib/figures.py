@@ -42,7 +42,19 @@ class Notebook:
 NOTEBOOKS = (
     Notebook(
         "01_discovery",
-        ("channels", "layers", "token_maps", "tokens", "sigma", "origin", "gates", "norm_share", "streams", "birth"),
+        (
+            "channels",
+            "layers",
+            "token_maps",
+            "tokens",
+            "sigma",
+            "origin",
+            "gates",
+            "norm_share",
+            "streams",
+            "birth",
+            "sizes",
+        ),
         {"preview": {"prompts": 12, "seeds": 3, "dumps": 8}, "full": {"prompts": 48, "seeds": 4, "dumps": 24}},
     ),
     Notebook(
@@ -59,6 +71,14 @@ NOTEBOOKS = (
         {
             "preview": {"pictures": 24, "ks": [2, 8, 32], "draws": 1, "steps": 10},
             "full": {"pictures": 192, "ks": [1, 2, 4, 8, 16, 32, 64], "draws": 3, "steps": 20},
+        },
+    ),
+    Notebook(
+        "04_transport",
+        ("channels", "branches", "attributes", "blocks", "steps", "masks", "tradeoff", "sources", "matrix", "pictures"),
+        {
+            "preview": {"pairs": 4, "steps": 4, "ks": [2, 8, 32], "strengths": [0.5, 1.0], "draws": 1},
+            "full": {"pairs": 32, "steps": 20, "ks": [1, 2, 4, 8, 16, 32], "strengths": [0.25, 0.5, 0.75, 1.0], "draws": 3},
         },
     ),
 )

@@ -310,6 +310,108 @@ def consequences(images: np.ndarray, base: np.ndarray, panel: Panel, asked: Sequ
     return xr.DataArray(values, dims=("sample", "measure"), coords={"measure": list(found)})
 
 
+ATTRIBUTES = ("shape", "colour", "size", "position", "background", "pattern")
+
+
+def moves(images: np.ndarray, pairs: Sequence[tuple[Any, Any]]) -> xr.Dataset:
+    """How far pictures have moved from one scene to another, attribute by attribute, as the bundled judge reads them.
+
+    Args:
+        images: uint8 (B, 64, 64, 3).
+        pairs: for each picture the one-subject scenes (target, source) between which it lies; they differ in all attributes.
+
+    Returns:
+        ``toward`` (sample, attribute): 1 where the picture shows the source's word and not the target's, 0 the other way
+        round, NaN for neither or both; ``subjects`` (sample), how many positions hold a subject.
+    """
+    import xarray as xr
+
+    from .judge import read
+    from .scenes import POSITIONS, attributes
+
+    reading = read(images)
+    toward, subjects = np.full((len(images), len(ATTRIBUTES)), np.nan), np.zeros(len(images), dtype=int)
+    for i, (target, source) in enumerate(pairs):
+        there = [p for p in range(len(POSITIONS)) if reading.words["shape"][i, p] != "none"]
+        subjects[i] = len(there)
+        seen = [{str(reading.words[a][i, p]) for p in there} for a in ATTRIBUTES[:3]]
+        seen += [{POSITIONS[p] for p in there}, *({str(reading.words[a][i])} for a in ATTRIBUTES[4:])]
+        for number, (words, old, new) in enumerate(zip(seen, attributes(target), attributes(source), strict=True)):
+            if (old in words) != (new in words):
+                toward[i, number] = float(new in words)
+    dims = ("sample", "attribute")
+    return xr.Dataset({"toward": (dims, toward), "subjects": ("sample", subjects)}, coords={"attribute": list(ATTRIBUTES)})
+
+
+def share_of_way(images: np.ndarray, start: np.ndarray, goal: np.ndarray, region: np.ndarray) -> np.ndarray:
+    """How much nearer pictures are to a goal than their start was, by root mean squared distance inside a region.
+
+    Args:
+        images: uint8 (B, H, W, 3); ``start`` and ``goal`` likewise.
+        region: boolean (B, H, W); where it is empty the whole picture counts.
+
+    Returns:
+        (B,): 1 at the goal, 0 as far from it as the start, negative farther; 0 where start and goal are equal.
+    """
+    where = np.where(region.any((1, 2))[:, None, None], region, True)[..., None]
+
+    def distance(a: np.ndarray) -> np.ndarray:
+        gap = np.square(a.astype(np.float64) - goal.astype(np.float64)) * where
+        return np.sqrt(gap.sum((1, 2, 3)) / (3 * where.sum((1, 2, 3))))
+
+    before = distance(start)
+    return np.where(before > 0, 1 - distance(images) / np.maximum(before, 1e-9), 0.0)
+
+
+def harmonic(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Harmonic mean of two measures, negative ones counting as 0."""
+    a, b = np.maximum(a, 0), np.maximum(b, 0)
+    return np.where(a + b > 0, 2 * a * b / np.maximum(a + b, 1e-9), 0.0)
+
+
+def transport_scores(
+    images: np.ndarray,
+    target: np.ndarray,
+    source: np.ndarray,
+    panel: Panel,
+    pairs: Sequence[tuple[Any, Any]] | None = None,
+) -> xr.DataArray:
+    """What a transport did: likeness to the source, preservation of the target, and their harmonic mean, the composite.
+
+    The paper names a composite and does not define it; this one is ours.
+
+    Args:
+        images: uint8 (B, H, W, 3), transported.
+        target: the undisturbed targets.
+        source: the undisturbed sources.
+        panel: its ``masks`` tell the source's subject; without them the whole picture counts.
+        pairs: the scenes, for pictures that the bundled judge can read.
+
+    Returns:
+        (sample, measure): in pixels ``near_source``, the share of the way from target to source inside the source's subject,
+        and ``near_target``, that from source to target outside of both subjects. With ``pairs`` ``likeness`` is the share of
+        shape, colour, size and position that are the source's, ``preservation`` that of background and pattern that are the
+        target's, and there are each attribute (1 where it is the source's) and ``clean`` (exactly one subject); without
+        ``pairs`` the two are the pixels' measures.
+    """
+    import xarray as xr
+
+    whole = np.ones(images.shape[:3], dtype=bool)
+    masks = [panel.masks(x) for x in (source, target)] if panel.masks else [whole, ~whole]
+    near = share_of_way(images, target, source, masks[0])
+    kept = share_of_way(images, source, target, ~(masks[0] | masks[1]))
+    found = {"likeness": near, "preservation": kept}
+    if pairs is not None:
+        moved = moves(images, pairs)
+        toward = moved.toward.values
+        found = {"likeness": (toward[:, :4] == 1).mean(1), "preservation": (toward[:, 4:] == 0).mean(1)}
+        found |= {name: (toward[:, i] == 1).astype(float) for i, name in enumerate(ATTRIBUTES)}
+        found["clean"] = (moved.subjects.values == 1).astype(float)
+    found |= {"composite": harmonic(found["likeness"], found["preservation"]), "near_source": near, "near_target": kept}
+    values = np.stack([np.asarray(v, dtype=np.float64) for v in found.values()], axis=1)
+    return xr.DataArray(values, dims=("sample", "measure"), coords={"measure": list(found)})
+
+
 def vision_features(model: Any, processor: Any, batch_size: int = 16) -> Callable[[np.ndarray], np.ndarray]:
     """Features of a transformers vision model (DINOv2, CLIP's vision tower, ...), for a ``Panel``.
 

@@ -65,7 +65,7 @@ def _log(axis: Any, *names: str) -> None:
         side.set_minor_locator(LogLocator(10, (2.0, 5.0)))
         side.set_major_formatter("{x:g}")
         low, high = getattr(axis, f"get_{name}lim")()
-        side.set_minor_formatter("{x:g}" if high / max(low, 1e-9) < 50 else "")
+        side.set_minor_formatter("{x:g}" if high / max(low, 1e-9) < 200 else "")
 
 
 def _band(axis: Any, data: xr.Dataset, **kwargs: Any) -> None:
@@ -346,6 +346,44 @@ def birth(data: xr.Dataset) -> Figure:
     return _finish(figure, title, data)
 
 
+def sizes(data: xr.Dataset) -> Figure:
+    """``lead``, ``kept`` (training, train_step), ``width``, ``chance`` (training), ``shared`` (pair of seeds)."""
+    figure, (left, middle, right) = _canvas(1, 3, (13.0, 3.9))
+    widths = sorted(set(data.width.values.tolist()))
+    colours = dict(zip(widths, sns.color_palette("viridis", len(widths) + 1), strict=False))
+    runs = {str(name): data.sel(training=name).dropna("train_step", subset=["lead"]) for name in data.training.values}
+    common = min(int(run.train_step[-1]) for run in runs.values())
+    at = {name: float(run["lead"].sel(train_step=common, method="nearest")) for name, run in runs.items()}
+    for name, run in sorted(runs.items(), key=lambda item: int(item[1].width)):
+        width = int(run.width)
+        label = f"width {width}" if name == data.training.values[data.width.values == width][0] else None
+        line = {"color": colours[width], "marker": ".", "lw": 1.2, "ms": 4, "label": label}
+        left.plot(run.train_step, run["lead"], **line)
+        right.plot(run.train_step, run.kept, **line)
+        middle.scatter(width, at[name], color=colours[width], s=36, zorder=3)
+    chance = {int(w): float(c) for w, c in zip(data.width.values, data.chance.values, strict=True)}
+    middle.plot(widths, [chance[w] for w in widths], color="0.5", ls="--", marker="_", label="normal values of that width")
+    middle.set(xlabel="width (channels)", ylabel="largest score / median", title=f"at about step {common}", xticks=widths)
+    left.set(xlabel="training step", ylabel="largest score / median, mean of blocks", title="over the training")
+    right.set(
+        xlabel="training step",
+        ylabel=f"Jaccard overlap with the final top {data.attrs['k']}",
+        title="which channels they are",
+    )
+    right.axhline(data.attrs["random"], color="0.5", ls="--", lw=1, label="two random choices")
+    if data.sizes.get("pair"):
+        right.axhline(float(data.shared.mean()), color=PALETTE[3], lw=1.2, label=f"two seeds of width {widths[0]}")
+    for axis in (left, right):
+        axis.set(xscale="symlog", xlim=(0, None))
+        axis.xaxis.set_major_formatter("{x:g}")
+    for axis in (left, middle):
+        _log(axis, "y")
+    for axis in (left, middle, right):
+        axis.legend(frameon=False, fontsize=8)
+    means = ", ".join(f"{np.mean([at[n] for n, run in runs.items() if run.width == w]):.0f} x at {w}" for w in widths)
+    return _finish(figure, f"After about {common} training steps the leading channel is {means} channels", data)
+
+
 _RULES = ("top", "equal energy", "equal norm", "random", "bottom")
 _MARKERS = dict(zip(_RULES, "osD^v", strict=True))
 _COLOURS = dict(zip(_RULES, (PALETTE[3], PALETTE[0], PALETTE[1], PALETTE[2], "0.5"), strict=True))
@@ -356,12 +394,16 @@ _MEASURES = {
     "edges": "edges / undisturbed",
     "texture": "texture / undisturbed",
     "distance": "RMS distance to undisturbed",
+    "likeness": "likeness to the source's subject",
+    "preservation": "preservation of the target's ground",
+    "composite": "composite (harmonic mean)",
+    "clean": "pictures with exactly one subject",
 }
 
 
 def strength(data: xr.Dataset) -> Figure:
-    """``mean``, ``low``, ``high`` (rule, k, measure), ``base`` (measure): what zeroing k channels in all blocks costs."""
-    measures = [m for m in ("agreement", "high_frequency", "distance") if m in data.measure]
+    """``mean``, ``low``, ``high`` (rule, k, measure), ``base`` (measure): what an edit of k channels in all blocks does."""
+    measures = _measures(data, ("agreement", "high_frequency", "distance"))
     figure, axes = _canvas(1, len(measures), (4.1 * len(measures), 3.9), squeeze=False)
     for axis, measure in zip(axes[0], measures, strict=True):
         axis.axhline(float(data.base.sel(measure=measure)), color="0.3", lw=1, ls="--", label="undisturbed")
@@ -374,9 +416,14 @@ def strength(data: xr.Dataset) -> Figure:
         axis.set_xticks(data.k.values, data.k.values)
         _ratio_axis(axis, measure)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
-    measure, k = measures[0] if "agreement" in measures else "high_frequency", data.attrs["k"]
+    measure, k = "high_frequency" if measures[0] == "distance" else measures[0], data.attrs["k"]
     told = ", ".join(f"{r} {float(data['mean'].sel(rule=r, k=k, measure=measure)):.2f}" for r in data.rule.values)
     return _finish(figure, f"{_MEASURES[measure].capitalize()} with k = {k} in all blocks: {told}", data)
+
+
+def _measures(data: xr.Dataset, usual: tuple[str, ...]) -> list[str]:
+    """The measures to draw, of those that the data have."""
+    return [m for m in data.attrs.get("measures", usual) if m in data.measure]
 
 
 def _ratio_axis(axis: Any, measure: str) -> None:
@@ -387,7 +434,7 @@ def _ratio_axis(axis: Any, measure: str) -> None:
 
 def sites(data: xr.Dataset) -> Figure:
     """``mean``, ``low``, ``high`` (rule, site, measure), ``base`` (measure): the same disruption at different places."""
-    measures = [m for m in ("agreement", "layout", "high_frequency", "distance") if m in data.measure]
+    measures = _measures(data, ("agreement", "layout", "high_frequency", "distance"))
     figure, axes = _canvas(1, len(measures), (3.6 * len(measures), 3.9), squeeze=False)
     places = np.arange(data.sizes["site"])
     for axis, measure in zip(axes[0], measures, strict=True):
@@ -402,11 +449,12 @@ def sites(data: xr.Dataset) -> Figure:
         axis.set(xlabel=data.attrs["axis"], ylabel=_MEASURES[measure])
         _ratio_axis(axis, measure)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
-    measure = "agreement" if "agreement" in measures else "high_frequency"
-    top = data["mean"].sel(rule="top", measure=measure)
+    measure = "high_frequency" if measures[0] in ("layout", "high_frequency") else measures[0]
+    top = data["mean"].isel(rule=0).sel(measure=measure)
     worst, best = (str(data.site.values[int(getattr(top, f)("site"))]) for f in ("argmin", "argmax"))
+    who = f"{data.attrs.get('who', 'top')} {data.attrs['k']}"
     title = (
-        f"{_MEASURES[measure].capitalize()}, top {data.attrs['k']}: least with {worst} ({float(top.min()):.2f}), "
+        f"{_MEASURES[measure].capitalize()}, {who}: least with {worst} ({float(top.min()):.2f}), "
         f"most with {best} ({float(top.max()):.2f})"
     )
     return _finish(figure, title, data)
@@ -442,7 +490,59 @@ def pictures(data: xr.Dataset) -> Figure:
             axis.set(xticks=[], yticks=[])
             if row == 0:
                 axis.set_title(str(data.condition.values[column]), fontsize=8.5)
-    return _finish(figure, f"The same prompts and seeds, {data.attrs['k']} channels a block disturbed", data)
+    return _finish(
+        figure, data.attrs.get("title", f"The same prompts and seeds, {data.attrs['k']} channels a block disturbed"), data
+    )
+
+
+def moves(data: xr.Dataset) -> Figure:
+    """``share`` (condition, attribute, shown): how often each attribute is the target's, the source's, or neither."""
+    conditions, kinds = data.condition.values, ("source", "neither", "target")
+    figure, axes = _canvas(1, len(conditions), (2.6 * len(conditions) + 1.6, 3.2), squeeze=False, sharey=True)
+    for axis, name in zip(axes[0], conditions, strict=True):
+        part, left = data.share.sel(condition=name), np.zeros(data.sizes["attribute"])
+        for kind, colour in zip(kinds, (PALETTE[3], "0.85", PALETTE[0]), strict=True):
+            width = part.sel(shown=kind).values
+            axis.barh(range(len(width)), width, left=left, color=colour, label=kind)
+            left = left + width
+        axis.set_yticks(range(data.sizes["attribute"]), data.attribute.values)
+        axis.set(title=str(name), xlim=(0, 1), xlabel="share of pictures")
+    axes[0, 0].invert_yaxis()
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8, title="shown is"
+    )
+    moved = data.share.isel(condition=0).sel(shown="source")
+    told = ", ".join(f"{a} {float(moved.sel(attribute=a)):.0%}" for a in data.attribute.values)
+    first = str(conditions[0])
+    return _finish(figure, f"{first[0].upper()}{first[1:]}, top {data.attrs['k']}, moved to the source: {told}", data)
+
+
+def tradeoff(data: xr.Dataset) -> Figure:
+    """``mean``, ``low``, ``high`` (method, strength, measure): likeness to the source against preservation of the target."""
+    figure, axis = _canvas(1, 1, (7.6, 5.0))
+    grid = np.linspace(0.01, 1, 200)
+    for level in (0.2, 0.4, 0.6, 0.8):
+        other = level * grid / np.maximum(2 * grid - level, 1e-9)
+        seen = (2 * grid > level) & (other <= 1.02)
+        axis.plot(grid[seen], other[seen], color="0.85", lw=0.8, zorder=0)
+        axis.annotate(f"{level:g}", (grid[seen][-1], other[seen][-1]), fontsize=7, color="0.6")
+    for number, name in enumerate(data.method.values):
+        part = data.sel({"method": name})  # "method" alone would be an argument of sel
+        x, y = (part["mean"].sel(measure=m).values for m in ("likeness", "preservation"))
+        bars = [
+            np.stack([p["mean"] - p.low, p.high - p["mean"]]).clip(0)
+            for p in (part.sel(measure=m) for m in ("likeness", "preservation"))
+        ]
+        colour, marker = sns.color_palette("colorblind", 10)[number % 10], "osD^vP*X<>"[number % 10]
+        axis.errorbar(x, y, bars[1], bars[0], color=colour, lw=0, elinewidth=0.6, alpha=0.5)
+        axis.plot(x, y, color=colour, lw=1.2, zorder=2)
+        axis.scatter(x, y, s=14 + 46 * data.strength.values, color=colour, marker=marker, label=name, zorder=3)
+    axis.set(xlabel=_MEASURES["likeness"], ylabel=_MEASURES["preservation"], xlim=(-0.03, 1.03), ylim=(-0.03, 1.05))
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), title="larger marks: stronger")
+    best = data["mean"].sel(measure="composite").max("strength")
+    order = best.sortby(best, ascending=False)
+    told = ", ".join(f"{m} {float(v):.2f}" for m, v in zip(order.method.values[:3], order.values, strict=False))
+    return _finish(figure, f"Best composite (grey lines): {told}", data)
 
 
 def mask_layers(data: xr.Dataset) -> Figure:

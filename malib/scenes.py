@@ -225,6 +225,29 @@ def gallery(count: int, seed: int = 0, subjects: int | None = 1, unseen: bool = 
     return list(found.values())
 
 
+def pairs(count: int, seed: int = 0) -> list[tuple[Scene, Scene]]:
+    """``count`` pairs (target, source) of one-subject scenes that differ in every attribute, fixed by ``seed``.
+
+    The source's subject would be visible on the target's background. A longer list begins with the shorter one.
+    """
+    found: list[tuple[Scene, Scene]] = []
+    index = 0
+    while len(found) < count:
+        first = 1_700_000_000 + seed * 1_000_003 + 2 * index
+        target, source = sample_scene(first, 1), sample_scene(first + 1, 1)
+        told = zip(attributes(target), attributes(source), strict=True)
+        if all(a != b for a, b in told) and source.subjects[0].colour != target.background:
+            found.append((target, source))
+        index += 1
+    return found
+
+
+def attributes(scene: Scene) -> tuple[str, ...]:
+    """Shape, colour, size, position of the first subject, then background and pattern."""
+    subject = scene.subjects[0]
+    return subject.shape, subject.colour, subject.size, subject.position, scene.background, scene.pattern
+
+
 def captions(count: int, seed: int = 0, subjects: int | None = 1, unseen: bool = False) -> list[str]:
     """The captions of ``gallery``."""
     return [scene.caption for scene in gallery(count, seed, subjects, unseen)]

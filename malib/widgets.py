@@ -135,6 +135,65 @@ def disturb(
     return _board(show, text, [seed, rule, mode], [k, layers, window])
 
 
+def transported(
+    dit: DiT,
+    target: str,
+    source: str,
+    seed: int,
+    rule: str,
+    k: int,
+    strength: float,
+    mask: str,
+    branch: str,
+    layers: tuple[int, int],
+    steps_moved: tuple[int, int],
+    *,
+    steps: int,
+    cfg: float | None,
+    guidance: float | None,
+) -> Comparison:
+    """Source, target and the target with the source's channels; first and last block and step inclusive.
+
+    ``rule`` is "top", "bottom", "random" or "all"; ``mask`` "all", "source", "target" or "union"; ``branch`` "both", "cond"
+    or "uncond".
+    """
+    chosen = {"top": TopK(k), "bottom": BottomK(k), "random": RandomK(k, without_top=k), "all": TopK(dit.width)}[rule]
+    window = {
+        "layers": tuple(range(layers[0], layers[1] + 1)),
+        "steps": tuple(range(steps_moved[0], steps_moved[1] + 1)),
+        "branches": None if branch == "both" else branch,
+    }
+    edit = edits.Transport(chosen, source, mask=None if mask == "all" else mask, strength=strength, **window)
+    call = {"steps": steps, "cfg": cfg, "guidance": guidance}
+    plain = [dit.generate(prompt, seed, **call) for prompt in (source, target)]
+    return plain[0] | plain[1] | dit.generate(target, seed, edits=[edit], **call)
+
+
+def transport(
+    dit: DiT, target: str, source: str, *, steps: int = 20, cfg: float | None = None, guidance: float | None = None
+) -> ipywidgets.VBox:
+    """Two prompts, channels, k, strength, mask, branch, blocks and steps; source, target and result side by side."""
+    import ipywidgets as w
+
+    last = len(dit.blocks) - 1
+    text, seed = _prompt_and_seed(target)
+    text.description = "target"
+    other = w.Text(source, description="source", continuous_update=False, layout=w.Layout(width="720px"))
+    rule = w.Dropdown(options=["top", "random", "bottom", "all"], description="channels")
+    k = w.IntSlider(8, 1, min(64, dit.width // 2), description="k", continuous_update=False)
+    strength = w.FloatSlider(value=1.0, min=0, max=1, step=0.05, description="strength", continuous_update=False)
+    mask = w.Dropdown(options=["all", "source", "target", "union"], description="tokens")
+    branch = w.Dropdown(options=["both", "cond", "uncond"], description="branch")
+    layers = w.IntRangeSlider(value=(0, last), min=0, max=last, description="blocks", continuous_update=False)
+    window = w.IntRangeSlider(value=(0, steps - 1), min=0, max=steps - 1, description="steps", continuous_update=False)
+
+    def show() -> Comparison:
+        chosen = (rule.value, k.value, strength.value, mask.value, branch.value, layers.value, window.value)
+        return transported(dit, text.value, other.value, seed.value, *chosen, steps=steps, cfg=cfg, guidance=guidance)
+
+    return _board(show, text, [other], [seed, rule, k], [strength, mask, branch], [layers, window])
+
+
 def clustered(
     dit: DiT,
     prompt: str,

@@ -28,7 +28,7 @@ def test_discovery(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     for name, document in documents.items():
         assert (
             document["n"] > 0
-            and (name == "01_birth" or len(document["weights"]) == 64)
+            and (name in ("01_birth", "01_sizes") or len(document["weights"]) == 64)
             and document["parameters"]["seeds"] == 2
         ), name
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5000
@@ -45,9 +45,11 @@ def test_discovery(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         ("02_disruption", "sana", ["prompts=2", "steps=2", "k=2", "ks=[2,4]"]),
         ("03_clustering", "mini-flux", ["pictures=8", "steps=2", "ks=[2,8]"]),
         ("03_clustering", "sd3", ["pictures=8", "steps=2", "k=2", "ks=[2,4]"]),
+        ("04_transport", "mini-flux", ["pairs=2", "steps=2", "ks=[2,8]", "strengths=[1.0]"]),
+        ("04_transport", "sd3", ["pairs=2", "steps=2", "k=2", "ks=[2,4]"]),
     ],
 )
-def test_disruption_and_clustering(
+def test_disruption_clustering_and_transport(
     notebook: str, model: str, given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.setenv("MALIB_CACHE", str(tmp_path / "cache"))
@@ -83,6 +85,21 @@ def test_the_clusterer_shows_the_record(flux_dit: malib.DiT) -> None:
     box = widgets.cluster(flux_dit, "a red star", steps=2, cfg=2.0)
     box.children[0].value = " "
     assert "non-empty text" in box.children[3].value
+
+
+def test_the_transporter_shows_source_target_and_result(flux_dit: malib.DiT) -> None:
+    call = {"steps": 2, "cfg": 2.0, "guidance": None}
+    trio = widgets.transported(
+        flux_dit, "a red star", "a blue ring", 3, "top", 2, 0.5, "source", "cond", (1, 2), (0, 0), **call
+    )
+    edit = malib.Transport(
+        malib.TopK(2), "a blue ring", mask="source", strength=0.5, branches="cond", layers=(1, 2), steps=(0,)
+    )
+    assert (trio.columns[2].images == flux_dit.generate("a red star", 3, edits=[edit], **call).images).all()
+    assert trio.columns[0].prompts == ["a blue ring"] and "Transport" in trio._repr_html_()
+    box = widgets.transport(flux_dit, "a red star", "a blue ring", steps=2, cfg=2.0)
+    box.children[0].value = " "
+    assert "non-empty text" in box.children[5].value
 
 
 def test_the_explorer_draws_what_the_records_hold(flux_dit: malib.DiT) -> None:

@@ -152,3 +152,20 @@ def test_pick_takes_each_layers_own_channels() -> None:
 def test_bad_rules_are_refused(make) -> None:
     with pytest.raises(ValueError, match=r"channel|kind"):
         make()
+
+
+def test_chance_gives_a_lead_to_width() -> None:
+    drawn = np.abs(np.random.default_rng(0).standard_normal((4000, 128)))
+    assert channels.random_lead(128) == pytest.approx((drawn.max(1).mean() / np.median(drawn)), rel=0.02)
+    assert channels.random_lead(384) > channels.random_lead(128)
+
+
+def test_growth_follows_the_lead_and_the_ids() -> None:
+    """Two channels of twelve swap places: channel 0 leads at the end with ten times the median."""
+    scores = np.ones((3, 2, 12))
+    scores[0, :, 5], scores[1, :, 5], scores[2, :, 0] = 4.0, 7.0, 10.0
+    grown = channels.growth(
+        xr.DataArray(scores, dims=("train_step", "layer", "channel"), coords={"train_step": [0, 5, 9]}), 1
+    )
+    assert grown["lead"].values.tolist() == [4.0, 7.0, 10.0]
+    assert grown.kept.values.tolist() == [0.0, 0.0, 1.0] and grown.top.values.tolist() == [[0], [0]]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -229,6 +231,50 @@ def test_consequences_of_nothing_and_of_another_picture() -> None:
     assert other.sel(measure="agreement").mean() < 0.6 and other.sel(measure="layout").mean() < 0.6
     bare = metrics.consequences(images, images, metrics.Panel(), chosen)
     assert list(bare.measure.values) == ["distance", *metrics.DETAILS]
+
+
+def test_moves_name_whose_attribute_a_picture_shows() -> None:
+    couples = scenes.pairs(12)
+    target, source = (
+        np.stack([(scenes.render(c[i]).image * 255).round().astype(np.uint8) for c in couples]) for i in (0, 1)
+    )
+    for images, value in ((target, 0.0), (source, 1.0)):
+        found = metrics.moves(images, couples)
+        assert (found.toward == value).mean() > 0.97 and (found.subjects == 1).all()
+    both = [replace(t, subjects=(t.subjects[0], s.subjects[0])) for t, s in couples]
+    two = np.stack([(scenes.render(scene).image * 255).round().astype(np.uint8) for scene in both])
+    found = metrics.moves(two, couples)
+    assert (found.subjects == 2).mean() > 0.9
+    assert found.toward.sel(attribute=["shape", "colour", "position"]).isnull().mean() > 0.9
+    assert (found.toward.sel(attribute=["background", "pattern"]) == 0).mean() > 0.9
+
+
+def test_the_share_of_the_way_is_that_of_a_blend() -> None:
+    rng = np.random.default_rng(0)
+    start, goal = (rng.integers(0, 255, size=(3, 8, 8, 3), dtype=np.uint8) for _ in range(2))
+    region = np.zeros((3, 8, 8), dtype=bool)
+    region[:, 2:5, 2:5] = True
+    blend = np.where(region[..., None], np.round(0.25 * start + 0.75 * goal), start).astype(np.uint8)
+    assert np.allclose(metrics.share_of_way(blend, start, goal, region), 0.75, atol=0.01)
+    assert (metrics.share_of_way(blend, start, goal, ~region) == 0).all()
+    assert np.allclose(metrics.share_of_way(goal, start, goal, region & False), 1)
+    assert (metrics.share_of_way(goal, goal, goal, region) == 0).all()
+    assert np.allclose(metrics.harmonic(np.array([0.5, 1, -1, 0]), np.array([1, 1, 1, 0])), [2 / 3, 1, 0, 0])
+
+
+def test_transport_scores_at_both_ends_of_the_way() -> None:
+    couples = scenes.pairs(8)
+    target, source = (
+        np.stack([(scenes.render(c[i]).image * 255).round().astype(np.uint8) for c in couples]) for i in (0, 1)
+    )
+    panel = metrics.bundled_panel()
+    stayed, went = (metrics.transport_scores(x, target, source, panel, couples).mean("sample") for x in (target, source))
+    assert stayed.sel(measure="likeness") < 0.05 and stayed.sel(measure="preservation") > 0.95
+    assert went.sel(measure="likeness") > 0.95 and went.sel(measure="preservation") < 0.05
+    assert max(float(stayed.sel(measure="composite")), float(went.sel(measure="composite"))) < 0.1
+    pixels = metrics.transport_scores(source, target, source, panel)
+    assert list(pixels.measure.values) == ["likeness", "preservation", "composite", "near_source", "near_target"]
+    assert (pixels.sel(measure="likeness") == 1).all() and (pixels.sel(measure="preservation") == 0).all()
 
 
 def test_a_table_of_conditions_becomes_dimensions() -> None:

@@ -114,3 +114,11 @@ def test_bad_scenes_are_refused(make, words: str) -> None:
 
 def test_captions_are_distinct_and_a_longer_list_begins_with_the_shorter() -> None:
     assert scenes.captions(20)[:7] == scenes.captions(7) and len(set(scenes.captions(200))) == 200
+
+
+def test_pairs_differ_in_every_attribute_and_stay_the_same() -> None:
+    found = scenes.pairs(20)
+    assert found == scenes.pairs(30)[:20] and found != scenes.pairs(20, seed=1)
+    for target, source in found:
+        assert all(a != b for a, b in zip(scenes.attributes(target), scenes.attributes(source), strict=True))
+        assert source.subjects[0].colour != target.background
