@@ -17,7 +17,7 @@ import numpy as np
 
 from . import scenes
 from .cache import Store, describe, key_of
-from .edits import Pictures
+from .edits import Pictures, Recorded
 from .families import Family, family_of
 from .generation import Generation, Renoised, flatten, restore
 from .records import Run, Window, name_of
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     import xarray as xr
 
-    from .edits import Transport
+    from .edits import Interpolate, Transport
 
 log = logging.getLogger("malib")
 BUNDLED = "mini-flux"
@@ -225,7 +225,9 @@ class DiT:
         record, edits = _as_windows(record, "record"), _as_windows(edits, "edits")
         if guidance is not None and not self._takes_guidance():
             raise ValueError(f"{self.name} has no embedded guidance; leave guidance=None and set cfg instead.")
-        self._warn_unknown_words([*prompts, *(p for e in edits if getattr(e, "paired", False) for p in e.prompts)])
+        self._warn_unknown_words(
+            [*prompts, *(p for e in edits if "source" in getattr(e, "companions", ()) for p in e.prompts)]
+        )
         height, width = size or (start.images.shape[1:3] if start else (self.size, self.size))
         if start and (len(start.images) != len(prompts) or start.images.shape[1:3] != (height, width)):
             found, *shape = start.images.shape[:3]
@@ -246,29 +248,21 @@ class DiT:
         }
         run = Run(len(prompts), steps, self.blocks, (height, width))
         listeners = [item.start(run) for item in (*edits, *record)]
-        pairs = [
-            (edit, listener) for edit, listener in zip(edits, listeners, strict=False) if getattr(edit, "paired", False)
-        ]
-        for group, (edit, listener) in enumerate(pairs):
-            listener.group = group
-            if isinstance(edit.source, Pictures) and edit.source.images.shape[1:3] != (height, width):
-                raise ValueError(
-                    f"The source's pictures have {edit.source.images.shape[2]} x {edit.source.images.shape[1]} pixels, the "
-                    f"generation {width} x {height}; resize them, or pass size=."
-                )
+        groups = self._groups(edits, listeners, (height, width))
         context = {"weights": self.fingerprint, "device": self.device.split(":")[0], "dtype": self.dtype}
-        key = key_of({**call, **context, "versions": versions()})
+        described = describe(call)
+        key = key_of({**described, **context, "versions": versions()})
         if self.store and (found := self.store.get(key)):
             return restore(*found)
         images, latents, sigmas = [], [], []
-        at_once = max(1, self.batch_size // (1 + len(pairs)))
+        at_once = max(1, self.batch_size // (1 + len(groups)))
         for first in range(0, len(prompts), at_once):
             part = slice(first, first + at_once)
             try:
                 begin = Renoised(start.images[part], start.sigma) if start else None
                 with self._exact_sigmas() if start else nullcontext():
                     batch = self._batch(
-                        part, prompts, seeds, [e for e, _ in pairs], listeners, steps, cfg, guidance, (height, width), begin
+                        part, prompts, seeds, groups, listeners, steps, cfg, guidance, (height, width), begin
                     )
             except BaseException:
                 for listener in listeners:
@@ -285,7 +279,7 @@ class DiT:
             np.concatenate(latents),
             SimpleNamespace(**records),
             {
-                "call": describe(call),
+                "call": described,
                 "key": key,
                 **context,
                 "model": self.name,
@@ -359,12 +353,14 @@ class DiT:
         """
         import torch
 
-        vae = self.pipeline.vae
-        packed = torch.from_numpy(latents).to(vae.device, vae.dtype)
-        scaled = self._unpack(packed, size or (self.size, self.size)) / vae.config.scaling_factor
-        with torch.no_grad():
-            pixels = vae.decode(scaled + (vae.config.get("shift_factor") or 0), return_dict=False)[0]
-        return (self.pipeline.image_processor.postprocess(pixels, output_type="np") * 255).round().astype(np.uint8)
+        vae, found = self.pipeline.vae, []
+        for packed in torch.from_numpy(latents).split(self.batch_size):
+            unpacked = self._unpack(packed.to(vae.device, vae.dtype), size or (self.size, self.size))
+            with torch.no_grad():
+                scaled = unpacked / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)
+                pixels = vae.decode(scaled, return_dict=False)[0]
+            found.append(self.pipeline.image_processor.postprocess(pixels, output_type="np"))
+        return (np.concatenate(found) * 255).round().astype(np.uint8)
 
     @contextmanager
     def _exact_sigmas(self, scheduler: Any = None) -> Iterator[None]:
@@ -378,12 +374,34 @@ class DiT:
         finally:
             self.pipeline.scheduler = own
 
+    def _groups(self, edits: list[Any], listeners: list[Any], size: tuple[int, int]) -> list[Transport | Interpolate | None]:
+        """The groups of companions: an edit for its source, None for the undisturbed targets; tells the listeners theirs."""
+        groups: list[Transport | Interpolate | None] = []
+        for edit, listener in zip(edits, listeners, strict=False):
+            source = getattr(edit, "source", None)
+            if isinstance(source, Pictures) and source.images.shape[1:3] != size:
+                raise ValueError(
+                    f"The source's pictures have {source.images.shape[2]} x {source.images.shape[1]} pixels, the generation "
+                    f"{size[1]} x {size[0]}; resize them, or pass size=."
+                )
+            if isinstance(source, Recorded) and source.weights != self.fingerprint:
+                raise ValueError(f"The source was recorded with other weights than those of {self.name}; record it again.")
+            for name in getattr(edit, "companions", ()):
+                if name == "source":
+                    groups.append(edit)
+                    listener.groups[name] = len(groups) - 1
+                else:
+                    if None not in groups:
+                        groups.append(None)
+                    listener.groups[name] = groups.index(None)
+        return groups
+
     def _batch(
         self,
         part: slice,
         prompts: list[str],
         seeds: list[int],
-        pairs: list[Transport],
+        groups: list[Transport | Interpolate | None],
         listeners: list[Any],
         steps: int,
         cfg: float,
@@ -391,19 +409,20 @@ class DiT:
         size: tuple[int, int],
         start: Renoised | None,
     ) -> tuple[np.ndarray, np.ndarray, list[float]]:
-        """One batch of samples, with the sources of paired transports as companions behind them."""
+        """One batch of samples, with their companions behind them, group after group."""
         own, everyone, all_seeds = len(prompts[part]), prompts[part], seeds[part]
         routes: list[tuple[slice, Callable[[float], torch.Tensor]]] = []
-        for edit in pairs:
+        for edit in groups:
+            if edit is None:  # the undisturbed targets
+                everyone, all_seeds = everyone + prompts[part], all_seeds + seeds[part]
+                continue
             asked, noise = _rows(edit.prompts, part, own), _rows(edit.seeds, part, own) if edit.seeds else seeds[part]
             if isinstance(edit.source, Pictures):
-                shown = np.stack(_rows(edit.source.images, part, own))
-                routes.append(
-                    (slice(len(everyone), len(everyone) + own), self._route(shown, asked, noise, edit.source, steps))
-                )
+                shown, rows = np.stack(_rows(edit.source.images, part, own)), slice(len(everyone), len(everyone) + own)
+                routes.append((rows, self._route(shown, asked, noise, edit.source, steps, guidance)))
             everyone, all_seeds = everyone + asked, all_seeds + noise
-        if start and pairs:
-            start = Renoised(np.concatenate([start.images] * (1 + len(pairs))), start.sigma)
+        if start:
+            start = Renoised(np.concatenate([start.images] * (1 + len(groups))), start.sigma)
         arguments = self.arguments(everyone, all_seeds, steps, cfg, guidance, size, start)
         if routes:
             first = start.sigma if start else 1.0
@@ -415,7 +434,13 @@ class DiT:
         return self._run(arguments, listeners, own, routes)
 
     def _route(
-        self, images: np.ndarray, prompts: list[str], seeds: list[int], source: Pictures, steps: int
+        self,
+        images: np.ndarray,
+        prompts: list[str],
+        seeds: list[int],
+        source: Pictures,
+        steps: int,
+        guidance: float | None,
     ) -> Callable[[float], torch.Tensor]:
         """What the model is to read of pictures at a noise level, as a function of sigma; unpacked latents."""
         import torch
@@ -424,7 +449,7 @@ class DiT:
         if source.route == "noise":
             noise = self._noise(tuple(clean.shape), seeds)
             return lambda sigma: torch.lerp(clean, noise, sigma)
-        path = self.invert(images, prompts, steps)
+        path = self.invert(images, prompts, steps, guidance)
 
         def at(sigma: float) -> torch.Tensor:
             """Between two points of the path the flow goes straight, for it was found by Euler steps."""
@@ -434,13 +459,16 @@ class DiT:
 
         return at
 
-    def invert(self, images: np.ndarray, prompts: Sequence[str], steps: int = 20) -> list[torch.Tensor]:
-        """Rectified-flow inversion: the way from pictures back to noise, by Euler steps upwards and without guidance.
+    def invert(
+        self, images: np.ndarray, prompts: Sequence[str], steps: int = 20, guidance: float | None = None
+    ) -> list[torch.Tensor]:
+        """Rectified-flow inversion: the way from pictures back to noise, by Euler steps upwards, without true guidance.
 
         Args:
             images: uint8 (B, H, W, 3).
             prompts: what they show, one a picture; "" is allowed.
             steps: Euler steps from sigma 0 to 1.
+            guidance: embedded guidance of distilled models; None for the pipeline's default.
 
         Returns:
             ``steps`` + 1 unpacked latents (B, C, h, w), at sigma 0, 1 / steps, ..., 1.
@@ -451,7 +479,7 @@ class DiT:
         clean = self.encode(images)
         found = [clean]
         size = tuple(images.shape[1:3])
-        arguments = self.arguments(list(prompts), [0] * len(images), steps, 1.0, None, size)
+        arguments = self.arguments(list(prompts), [0] * len(images), steps, 1.0, guidance, size)
         arguments |= {"latents": self._pack(clean), "sigmas": [1 - i / steps for i in range(steps)], "output_type": "latent"}
 
         def keep(_: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -467,8 +495,9 @@ class DiT:
         import torch
         from diffusers.utils.torch_utils import randn_tensor
 
-        vae, generators = self.pipeline.vae, [torch.Generator("cpu").manual_seed(s) for s in seeds]
-        return randn_tensor(shape, generator=generators, device=vae.device, dtype=vae.dtype)
+        generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]
+        dtype = getattr(torch, self.family.latents or self.dtype)
+        return randn_tensor(shape, generator=generators, device=self.pipeline.transformer.device, dtype=dtype)
 
     def _pack(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) as the pipeline holds them."""

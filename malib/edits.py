@@ -158,7 +158,10 @@ class Pictures:
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """Selected channels of a source, recorded once: ``values`` (sample, step, branch, layer, token, rank), their ``ids``."""
+    """Selected channels of a source, recorded once: ``values`` (sample, step, branch, layer, token, rank), their ``ids``.
+
+    ``sigmas`` of all steps of its run and the fingerprint of its ``weights`` tell whether it fits another run.
+    """
 
     version: ClassVar[int] = 1
 
@@ -167,6 +170,8 @@ class Recorded:
     steps: tuple[int, ...]
     branches: tuple[str, ...]
     layers: tuple[int, ...]
+    sigmas: tuple[float, ...]
+    weights: str
 
     @classmethod
     def of(cls, source: Generation, rule: Rule, window: Window) -> Recorded:
@@ -188,7 +193,8 @@ class Recorded:
             )
         data = getattr(source.records, name_of(HiddenStates()) + (f"_{number}" if number > 1 else ""))
         places = (tuple(data[name].values.tolist()) for name in ("step", "branch", "layer"))
-        return cls(data.value.values, data.channel_id.values, *places)
+        origin = tuple(source.provenance["sigmas"]), source.provenance["weights"]
+        return cls(data.value.values, data.channel_id.values, *places, *origin)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -203,14 +209,17 @@ class Transport(Window):
     step, branch, layer, channel) and, where they are not all, ``tokens`` (sample, step, branch, layer, token).
 
     Source and target travel in one batch, in step by construction, and share the target's noise. A ``Generation`` that has
-    recorded ``HiddenStates(channels=<the same rule>)`` is replayed instead: it costs nothing but the copying.
+    recorded ``HiddenStates(channels=<the same rule>)`` is replayed instead: it costs nothing but the copying, and keeps its
+    own noise. Where the target's own scores or foreground are asked for, the undisturbed target travels along as well: after
+    the first transport the target's states hold the source's.
 
     Attributes:
         channels: a rule such as ``TopK(8)``.
         source: a prompt for all targets or one a target; ``Pictures``; or a ``Generation``.
-        mask: which tokens. None: all. "source" | "target" | "union": the foreground of these, by two-means in the selected
-            channels at the very site (the cluster that fills less of the border). Or numbers in [0, 1], (tokens,), (rows,
-            columns), or one of these a sample.
+        mask: which tokens. None: all. "source" | "target" | "union": the foreground of these, by two-means at the very site
+            (the cluster that fills less of the border). Or numbers in [0, 1], (tokens,), (rows, columns), or one of these a
+            sample.
+        mask_channels: the rule in whose channels two-means is done; None for ``channels``.
         whose: whose scores choose the channels: "source", "target", or "union" of both choices.
         strength: from 0, which changes nothing, to 1, the paper's swap.
         seeds: of the source's noise, one for all or one a target; None shares each target's.
@@ -224,6 +233,7 @@ class Transport(Window):
     whose: str = "source"
     strength: float = 1.0
     seeds: tuple[int, ...] | None = None
+    mask_channels: Rule | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -250,15 +260,23 @@ class Transport(Window):
         elif not isinstance(source, (Pictures, Recorded)):
             source = (source,) if isinstance(source, str) else tuple(source)
         object.__setattr__(self, "source", source)
-        if not self.paired and self.whose != "source":
+        elsewhere = self.mask in ("source", "union") if isinstance(self.mask, str) else False
+        if isinstance(source, Recorded) and (
+            self.whose != "source" or (elsewhere and self.mask_channels not in (None, self.channels))
+        ):
             raise ValueError(
-                f"A recorded source holds its own channels alone; whose='{self.whose}' needs a prompt or pictures."
+                "A recorded source holds the channels that its own rule chose, and no others; with whose= or mask_channels= "
+                "give a prompt or pictures."
             )
+        if isinstance(source, Recorded) and self.seeds is not None:
+            raise ValueError("A recorded source has its own noise; leave seeds=None, or give a prompt or pictures.")
 
     @property
-    def paired(self) -> bool:
-        """Whether the source travels with the target; else it was recorded."""
-        return not isinstance(self.source, Recorded)
+    def companions(self) -> tuple[str, ...]:
+        """Who travels with the target: the "source", unless it was recorded, and the undisturbed "target", where needed."""
+        source = () if isinstance(self.source, Recorded) else ("source",)
+        asked = {self.whose, self.mask if isinstance(self.mask, str) else "source"}
+        return source if asked == {"source"} else (*source, "target")
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -270,6 +288,10 @@ class Transport(Window):
         count = len(self.source.images) if isinstance(self.source, Pictures) else len(self.source)
         _check_number("sources", count, run)
         _check_number("source seeds", len(self.seeds or (0,)), run)
+        if isinstance(self.source, Recorded) and len(self.source.sigmas) != run.steps:
+            raise ValueError(
+                f"The source was recorded in {len(self.source.sigmas)} steps and this run has {run.steps}; use as many."
+            )
         return _TransportListener(self, run)
 
 
@@ -277,8 +299,8 @@ class Transport(Window):
 class Interpolate(Window):
     """Interpolate the prompt's embeddings between target and source, the plain baseline of a transport.
 
-    ``(1 - strength) * target + strength * source`` of everything that carries the prompt into the transformer; where a model
-    masks the padding of its prompts, both prompts' tokens count.
+    ``(1 - strength) * target + strength * source`` of everything that carries the prompt into the transformer. Where a model
+    masks the padding of its prompts, the tokens of both prompts are seen, even at strength 1.
 
     Attributes:
         source: a prompt for all targets, or one a target.
@@ -287,7 +309,7 @@ class Interpolate(Window):
 
     version: ClassVar[int] = 1
     points: ClassVar[tuple[str, ...]] = ("prompt",)
-    paired: ClassVar[bool] = True
+    companions: ClassVar[tuple[str, ...]] = ("source",)
     seeds: ClassVar[None] = None
 
     source: str | Sequence[str]
@@ -320,16 +342,19 @@ def _check_number(name: str, found: int, run: Run) -> None:
 
 class _InterpolateListener(_Listener):
     writes = True
-    group = 0
     record: Interpolate
 
-    def __call__(self, event: Event, x: Tensor, source: Tensor) -> None:
-        if not self.record.covers(event):
+    def __init__(self, record: Interpolate, run: Run) -> None:
+        super().__init__(record, run)
+        self.groups: dict[str, int] = {}
+
+    def __call__(self, event: Event, x: Tensor, companions: dict[str, Tensor]) -> None:
+        if not self.record.covers(event) or not self.record.strength:
             return
         if event.gate.endswith("mask"):
-            x.copy_(x.maximum(source))
+            x.copy_(x.maximum(companions["source"]))
         else:
-            x.lerp_(source, self.record.strength)
+            x.lerp_(companions["source"], self.record.strength)
 
     def dataset(self) -> xr.Dataset:
         import xarray as xr
@@ -343,21 +368,22 @@ class _TransportListener(_Listener):
 
     def __init__(self, record: Transport, run: Run) -> None:
         super().__init__(record, run)
-        self.group = 0 if record.paired else None  # which companions of the batch are its source
+        self.groups: dict[str, int] = {}  # which companions of the batch are "source" and "target"
         self._done, self._size = 0, 0
-        self._moved: dict[str, Tensor] = {}
+        self._given: Tensor | None = None
 
-    def __call__(self, event: Event, x: Tensor, source: Tensor | None = None) -> None:
+    def __call__(self, event: Event, x: Tensor, companions: dict[str, Tensor]) -> None:
         if not self.record.covers(event):
             return
         self._size = len(x)
         rule, whose, site = self.record.channels, self.record.whose, (event.step, event.branch, event.layer)
-        if source is None:
-            source, mask, values = self._recorded(event, x)
+        if "source" in companions:
+            source, values = companions["source"], None
+            masks = [rule.mask(s, event.layer) for name, s in companions.items() if whose in (name, "union")]
+            mask = masks[0] | masks[-1]
         else:
-            masks = [rule.mask(s, event.layer) for n, s in (("target", x), ("source", source)) if whose in (n, "union")]
-            mask, values = masks[0] | masks[-1], None
-        tokens = self._tokens(event, x, source, values)
+            source, mask, values = self._recorded(event, x)
+        tokens = self._tokens(event, x, {**companions, "source": source}, values)
         weight = mask[:, None] if tokens is None else mask[:, None] * tokens[..., None]
         if self.record.strength == 1 and weight.dtype == mask.dtype:
             x.copy_(source.where(weight, x))
@@ -367,39 +393,44 @@ class _TransportListener(_Listener):
         if tokens is not None:
             self.keep("tokens", site, tokens)
 
-    def _tokens(self, event: Event, x: Tensor, source: Tensor, values: Tensor | None) -> Tensor | None:
+    def _tokens(self, event: Event, x: Tensor, states: dict[str, Tensor], values: Tensor | None) -> Tensor | None:
         """The mask of tokens: None for all, boolean (B, tokens) by two-means, or the given numbers."""
-        import torch
-
-        from .spatial import figure_masks, min_max, subspace, token_grid
-
-        wanted, rule = self.record.mask, self.record.channels
+        wanted, rule = self.record.mask, self.record.mask_channels or self.record.channels
         if wanted is None:
             return None
-        if isinstance(wanted, str):
-            grid, points = token_grid(x.shape[1], *self.run.size), []
-            if wanted in ("source", "union"):
-                points.append(subspace(source, rule, event.layer)[0] if values is None else min_max(values))
-            if wanted in ("target", "union"):
-                points.append(subspace(x, rule, event.layer)[0])
-            masks = [figure_masks(p, grid) for p in points]
-            return masks[0] | masks[-1]
-        if "mask" not in self._moved:
-            per_sample = wanted.size == self.run.samples * x.shape[1] and len(wanted) == self.run.samples
-            if wanted.size != x.shape[1] and not per_sample:
+        if not isinstance(wanted, str):
+            return self._given_tokens(wanted, x)
+        from .spatial import figure_masks, min_max, subspace, token_grid
+
+        grid, masks = token_grid(x.shape[1], *self.run.size), []
+        for name in ("source", "target"):
+            if wanted in (name, "union"):
+                replayed = name == "source" and values is not None
+                points = min_max(values) if replayed else subspace(states[name], rule, event.layer)[0]
+                masks.append(figure_masks(points, grid))
+        return masks[0] | masks[-1]
+
+    def _given_tokens(self, wanted: np.ndarray, x: Tensor) -> Tensor:
+        import torch
+
+        from .spatial import token_grid
+
+        if self._given is None:
+            one = [(x.shape[1],)] + ([token_grid(x.shape[1], *self.run.size)] if self.record.stream == "image" else [])
+            allowed = one + [(self.run.samples, *shape) for shape in one]
+            if wanted.shape not in allowed:
                 raise ValueError(
-                    f"The mask has shape {wanted.shape}, but a picture has {x.shape[1]} tokens; give ({x.shape[1]},), the "
-                    "grid of the tokens, or one of these a sample."
+                    f"The mask has shape {wanted.shape}, but this run's tokens have {' or '.join(map(str, one))}; give one "
+                    "of these, or one a sample."
                 )
             whole = np.isin(wanted, (0, 1)).all()
             mask = torch.from_numpy(wanted.astype(bool) if whole else wanted)
-            self._moved["mask"] = mask.reshape(-1, x.shape[1]).to(x.device)
-        return self._rows(self._moved["mask"], len(x))
+            self._given = mask.reshape(-1, x.shape[1]).to(x.device)
+        return self._given[self._rows(len(self._given), len(x))].expand(len(x), -1)
 
-    def _rows(self, values: Tensor, count: int) -> Tensor:
+    def _rows(self, held: int, count: int) -> slice:
         """The rows of this batch of what was given once for all, or once a sample."""
-        one = len(values) == 1
-        return values.expand(count, *values.shape[1:]) if one else values[self._done : self._done + count]
+        return slice(None) if held == 1 else slice(self._done, self._done + count)
 
     def _recorded(self, event: Event, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The target with the source's channels put in, their mask, and their values (B, tokens, k)."""
@@ -414,15 +445,13 @@ class _TransportListener(_Listener):
         except ValueError:
             raise ValueError(
                 f"The source was not recorded at step {event.step}, branch {event.branch}, layer {event.layer}; record it "
-                "there, with as many steps and the same guidance, or narrow the transport's window."
+                "there, with the same guidance, or narrow the transport's window."
             ) from None
         if known.values.shape[4] != x.shape[1]:
             raise ValueError(f"The source has {known.values.shape[4]} tokens and the target {x.shape[1]}; use equal sizes.")
-        if "values" not in self._moved:
-            self._moved["values"] = torch.from_numpy(known.values).to(x.device)
-            self._moved["ids"] = torch.from_numpy(known.ids).to(x.device).long()
-        values, ids = (self._rows(self._moved[n][:, *place], len(x)) for n in ("values", "ids"))
-        values = values.to(x.dtype)
+        here = (self._rows(len(known), len(x)), *place)  # one small copy a site: the whole record may not fit the device
+        values = torch.from_numpy(known.values[here]).to(x.device, x.dtype).expand(len(x), -1, -1)
+        ids = torch.from_numpy(known.ids[here]).to(x.device).long().expand(len(x), -1)
         mask = torch.zeros(len(x), x.shape[2], dtype=torch.bool, device=x.device).scatter_(1, ids, True)
         return x.scatter(2, ids[:, None].expand(-1, x.shape[1], -1), values), mask, values
 

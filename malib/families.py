@@ -55,6 +55,7 @@ class Family:
         cfg_argument: the pipeline's argument for the classifier-free scale.
         guidance_argument: the pipeline's argument for the embedded guidance value, if the architecture may have one.
         conditioning: the transformer's arguments that carry the prompt.
+        latents: dtype in which the pipeline draws its noise; None for that of the weights.
         sequence_tokenizer: the tokenizer whose ``model_max_length`` is the length of the text stream, if it is variable.
         call: further constant arguments of the pipeline.
     """
@@ -66,6 +67,7 @@ class Family:
     cfg_argument: str
     guidance_argument: str | None = None
     conditioning: tuple[str, ...] = ("encoder_hidden_states", "pooled_projections")
+    latents: str | None = None
     sequence_tokenizer: str | None = None
     call: dict[str, Any] = field(default_factory=dict)
 
@@ -115,6 +117,7 @@ FAMILIES = {
             order=("uncond", "cond"),
             cfg_argument="guidance_scale",
             conditioning=("encoder_hidden_states", "encoder_attention_mask"),
+            latents="float32",
             call={"use_resolution_binning": False},
         ),
     )

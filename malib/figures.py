@@ -81,6 +81,14 @@ NOTEBOOKS = (
             "full": {"pairs": 32, "steps": 20, "ks": [1, 2, 4, 8, 16, 32], "strengths": [0.25, 0.5, 0.75, 1.0], "draws": 3},
         },
     ),
+    Notebook(
+        "05_prompt_interpolation",
+        ("filmstrips", "edits", "tradeoff"),
+        {
+            "preview": {"pairs": 3, "steps": 5, "strengths": [0.5, 1.0], "draws": 1},
+            "full": {"pairs": 24, "steps": 20, "strengths": [0.25, 0.5, 0.75, 1.0], "draws": 3},
+        },
+    ),
 )
 
 

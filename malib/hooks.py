@@ -50,8 +50,8 @@ class Event:
 class Listener(Protocol):
     """Reads, or writes in place, the tensors of the events it wants.
 
-    One that has a ``group`` (a number) is called with a third argument, the tensor of its companions: samples that travel
-    behind the others in the same batch, group after group. All others never see companions.
+    One that has ``groups`` (numbers by name) is called with a third argument, the tensors of its companions by name: samples
+    that travel behind the others in the same batch, group after group. All others never see companions.
     """
 
     writes: bool
@@ -178,11 +178,11 @@ class Tap(AbstractContextManager):
         for branch, part in zip(self._branches, x.chunk(len(self._branches)), strict=True):
             event, (own, *companions) = Event(self.step, branch, *site), part.split(self._own)
             for listener in wanted:
-                group = getattr(listener, "group", None)
-                if group is None:
+                groups = getattr(listener, "groups", None)
+                if groups is None:
                     listener(event, own)
                 else:
-                    listener(event, own, companions[group])
+                    listener(event, own, {name: companions[number] for name, number in groups.items()})
 
     def _prompt_hook(self, wanted: list[Listener]) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:

@@ -318,11 +318,12 @@ def moves(images: np.ndarray, pairs: Sequence[tuple[Any, Any]]) -> xr.Dataset:
 
     Args:
         images: uint8 (B, 64, 64, 3).
-        pairs: for each picture the one-subject scenes (target, source) between which it lies; they differ in all attributes.
+        pairs: for each picture the one-subject scenes (target, source) between which it lies.
 
     Returns:
         ``toward`` (sample, attribute): 1 where the picture shows the source's word and not the target's, 0 the other way
-        round, NaN for neither or both; ``subjects`` (sample), how many positions hold a subject.
+        round, NaN for neither or both; where the two have the same word, 0 if it is shown, else NaN. ``subjects`` (sample):
+        how many positions hold a subject.
     """
     import xarray as xr
 
@@ -337,7 +338,9 @@ def moves(images: np.ndarray, pairs: Sequence[tuple[Any, Any]]) -> xr.Dataset:
         seen = [{str(reading.words[a][i, p]) for p in there} for a in ATTRIBUTES[:3]]
         seen += [{POSITIONS[p] for p in there}, *({str(reading.words[a][i])} for a in ATTRIBUTES[4:])]
         for number, (words, old, new) in enumerate(zip(seen, attributes(target), attributes(source), strict=True)):
-            if (old in words) != (new in words):
+            if old == new and old in words:
+                toward[i, number] = 0
+            elif (old in words) != (new in words):
                 toward[i, number] = float(new in words)
     dims = ("sample", "attribute")
     return xr.Dataset({"toward": (dims, toward), "subjects": ("sample", subjects)}, coords={"attribute": list(ATTRIBUTES)})
@@ -373,8 +376,9 @@ def transport_scores(
     images: np.ndarray,
     target: np.ndarray,
     source: np.ndarray,
-    panel: Panel,
+    figures: tuple[np.ndarray, np.ndarray],
     pairs: Sequence[tuple[Any, Any]] | None = None,
+    wanted: Sequence[str] = ATTRIBUTES[:4],
 ) -> xr.DataArray:
     """What a transport did: likeness to the source, preservation of the target, and their harmonic mean, the composite.
 
@@ -384,27 +388,26 @@ def transport_scores(
         images: uint8 (B, H, W, 3), transported.
         target: the undisturbed targets.
         source: the undisturbed sources.
-        panel: its ``masks`` tell the source's subject; without them the whole picture counts.
+        figures: boolean (B, H, W), the foregrounds of target and source, as of ``Panel.masks``.
         pairs: the scenes, for pictures that the bundled judge can read.
+        wanted: the attributes that are to become the source's; all others are to stay the target's.
 
     Returns:
         (sample, measure): in pixels ``near_source``, the share of the way from target to source inside the source's subject,
         and ``near_target``, that from source to target outside of both subjects. With ``pairs`` ``likeness`` is the share of
-        shape, colour, size and position that are the source's, ``preservation`` that of background and pattern that are the
-        target's, and there are each attribute (1 where it is the source's) and ``clean`` (exactly one subject); without
-        ``pairs`` the two are the pixels' measures.
+        the wanted attributes that are the source's, ``preservation`` that of the others that are the target's, and there are
+        each attribute (1 where it is the source's) and ``clean`` (exactly one subject); without ``pairs`` the two are the
+        pixels' measures.
     """
     import xarray as xr
 
-    whole = np.ones(images.shape[:3], dtype=bool)
-    masks = [panel.masks(x) for x in (source, target)] if panel.masks else [whole, ~whole]
-    near = share_of_way(images, target, source, masks[0])
-    kept = share_of_way(images, source, target, ~(masks[0] | masks[1]))
+    near = share_of_way(images, target, source, figures[1])
+    kept = share_of_way(images, source, target, ~(figures[0] | figures[1]))
     found = {"likeness": near, "preservation": kept}
     if pairs is not None:
         moved = moves(images, pairs)
-        toward = moved.toward.values
-        found = {"likeness": (toward[:, :4] == 1).mean(1), "preservation": (toward[:, 4:] == 0).mean(1)}
+        toward, asked = moved.toward.values, np.isin(ATTRIBUTES, wanted)
+        found = {"likeness": (toward[:, asked] == 1).mean(1), "preservation": (toward[:, ~asked] == 0).mean(1)}
         found |= {name: (toward[:, i] == 1).astype(float) for i, name in enumerate(ATTRIBUTES)}
         found["clean"] = (moved.subjects.values == 1).astype(float)
     found |= {"composite": harmonic(found["likeness"], found["preservation"]), "near_source": near, "near_target": kept}

@@ -407,6 +407,8 @@ def strength(data: xr.Dataset) -> Figure:
     figure, axes = _canvas(1, len(measures), (4.1 * len(measures), 3.9), squeeze=False)
     for axis, measure in zip(axes[0], measures, strict=True):
         axis.axhline(float(data.base.sel(measure=measure)), color="0.3", lw=1, ls="--", label="undisturbed")
+        if "ceiling" in data:
+            axis.axhline(float(data.ceiling.sel(measure=measure)), color="0.3", lw=1, ls=":", label="the source itself")
         for place, rule in enumerate(data.rule.values):
             part, x = data.sel(rule=rule, measure=measure), data.k.values * (1 + 0.035 * (place - 2))
             bars = np.stack([part["mean"] - part.low, part.high - part["mean"]])
@@ -439,11 +441,13 @@ def sites(data: xr.Dataset) -> Figure:
     places = np.arange(data.sizes["site"])
     for axis, measure in zip(axes[0], measures, strict=True):
         axis.axhline(float(data.base.sel(measure=measure)), color="0.3", lw=1, ls="--", label="undisturbed")
+        if "ceiling" in data:
+            axis.axhline(float(data.ceiling.sel(measure=measure)), color="0.3", lw=1, ls=":", label="the source itself")
         for number, rule in enumerate(data.rule.values):
             part = data.sel(rule=rule, measure=measure)
             bars = np.stack([part["mean"] - part.low, part.high - part["mean"]])
-            style = {"color": _COLOURS.get(rule, PALETTE[number]), "marker": _MARKERS.get(rule, "o")}
-            shift = 0.18 * (number - (data.sizes["rule"] - 1) / 2)
+            style = {"color": _COLOURS.get(rule, PALETTE[number]), "marker": _MARKERS.get(rule, "osD^vP*X<>"[number])}
+            shift = min(0.18, 0.8 / data.sizes["rule"]) * (number - (data.sizes["rule"] - 1) / 2)
             axis.errorbar(places + shift, part["mean"], bars, ls="", ms=5, capsize=2, label=rule, **style)
         axis.set_xticks(places, data.site.values, rotation=35, ha="right")
         axis.set(xlabel=data.attrs["axis"], ylabel=_MEASURES[measure])
@@ -480,7 +484,7 @@ def losses(data: xr.Dataset) -> Figure:
 
 
 def pictures(data: xr.Dataset) -> Figure:
-    """``image`` (sample, condition, y, x, rgb): the same samples under each condition."""
+    """``image`` (sample, condition, y, x, rgb): samples under each condition; ``row`` (sample) may name the rows."""
     rows, columns = data.sizes["sample"], data.sizes["condition"]
     figure, axes = _canvas(rows, columns, (1.5 * columns, 1.55 * rows + 0.8), squeeze=False)
     for row in range(rows):
@@ -490,6 +494,8 @@ def pictures(data: xr.Dataset) -> Figure:
             axis.set(xticks=[], yticks=[])
             if row == 0:
                 axis.set_title(str(data.condition.values[column]), fontsize=8.5)
+            if column == 0 and "row" in data.coords:
+                axis.set_ylabel(str(data.row.values[row]), fontsize=8)
     return _finish(
         figure, data.attrs.get("title", f"The same prompts and seeds, {data.attrs['k']} channels a block disturbed"), data
     )
@@ -497,7 +503,7 @@ def pictures(data: xr.Dataset) -> Figure:
 
 def moves(data: xr.Dataset) -> Figure:
     """``share`` (condition, attribute, shown): how often each attribute is the target's, the source's, or neither."""
-    conditions, kinds = data.condition.values, ("source", "neither", "target")
+    conditions, kinds = data.condition.values, ("source", "neither or both", "target")
     figure, axes = _canvas(1, len(conditions), (2.6 * len(conditions) + 1.6, 3.2), squeeze=False, sharey=True)
     for axis, name in zip(axes[0], conditions, strict=True):
         part, left = data.share.sel(condition=name), np.zeros(data.sizes["attribute"])
@@ -506,7 +512,7 @@ def moves(data: xr.Dataset) -> Figure:
             axis.barh(range(len(width)), width, left=left, color=colour, label=kind)
             left = left + width
         axis.set_yticks(range(data.sizes["attribute"]), data.attribute.values)
-        axis.set(title=str(name), xlim=(0, 1), xlabel="share of pictures")
+        axis.set(title=str(name), xlim=(0, 1), xlabel=data.attrs.get("axis", "share of pictures"))
     axes[0, 0].invert_yaxis()
     figure.legend(
         *axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8, title="shown is"
@@ -542,7 +548,7 @@ def tradeoff(data: xr.Dataset) -> Figure:
     best = data["mean"].sel(measure="composite").max("strength")
     order = best.sortby(best, ascending=False)
     told = ", ".join(f"{m} {float(v):.2f}" for m, v in zip(order.method.values[:3], order.values, strict=False))
-    return _finish(figure, f"Best composite (grey lines): {told}", data)
+    return _finish(figure, f"Best composite, mean of each pair's, at the best strength: {told}", data)
 
 
 def mask_layers(data: xr.Dataset) -> Figure:

@@ -168,7 +168,7 @@ class Clusters(Window):
         seed: of the starts of k-means.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     channels: Rule = field(default=TopK(12))
     clusters: int = 2
     seed: int = 0

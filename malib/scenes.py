@@ -242,6 +242,32 @@ def pairs(count: int, seed: int = 0) -> list[tuple[Scene, Scene]]:
     return found
 
 
+def variants(count: int, attribute: str, seed: int = 0) -> list[tuple[Scene, Scene]]:
+    """``count`` pairs (target, source) of one-subject scenes that differ in one attribute alone, fixed by ``seed``.
+
+    Args:
+        count: number of pairs; a longer list begins with the shorter one.
+        attribute: "shape", "colour", "size", "position", "background" or "pattern".
+        seed: of the choice.
+
+    Raises:
+        ValueError: an unknown attribute.
+    """
+    words = {"shape": SHAPES, "colour": tuple(COLOURS), "size": SIZES, "position": POSITIONS}
+    grounds = {"background": tuple(COLOURS), "pattern": PATTERNS}
+    if attribute not in words | grounds:
+        raise ValueError(f"'{attribute}' is no attribute of a scene; use one of {', '.join(words | grounds)}.")
+    rng, found = np.random.default_rng([seed, 23]), []
+    for target in gallery(count, 100 + seed):
+        subject, ground = target.subjects[0], target.background
+        now = getattr(subject if attribute in words else target, attribute)
+        free = [w for w in (words | grounds)[attribute] if w not in (now, subject.colour, ground)]
+        word = str(rng.choice(free))
+        changed = {"subjects": (replace(subject, **{attribute: word}),)} if attribute in words else {attribute: word}
+        found.append((target, replace(target, **changed)))
+    return found
+
+
 def attributes(scene: Scene) -> tuple[str, ...]:
     """Shape, colour, size, position of the first subject, then background and pattern."""
     subject = scene.subjects[0]

@@ -92,7 +92,8 @@ def figure_masks(points: Tensor, grid: tuple[int, int]) -> Tensor:
 def kmeans(x: Tensor, clusters: int = 2, restarts: int = 4, iterations: int = 30, seed: int = 0) -> Tensor:
     """K-means on many sets of points at once, all on the device and without waiting for it.
 
-    Every set has its own k-means++ starts; of the restarts the one with the least inertia counts.
+    K-means++ starts; of the restarts the one with the least inertia counts. The labels of a set depend on its points and the
+    seed, not on its place among the sets nor on the device that draws.
 
     Args:
         x: (B, N, D) points.
@@ -113,13 +114,14 @@ def kmeans(x: Tensor, clusters: int = 2, restarts: int = 4, iterations: int = 30
         raise ValueError(f"clusters is {clusters}; use 2 to {x.shape[1]}, the number of points.")
     sets, points, _ = x.shape
     x = x.float().repeat_interleave(restarts, 0)
-    generator = torch.Generator(x.device).manual_seed(seed)
-    rows = torch.arange(len(x), device=x.device)
-    first = torch.randint(points, (len(x),), generator=generator, device=x.device)
+    generator, rows = torch.Generator().manual_seed(seed), torch.arange(len(x), device=x.device)
+    first = torch.randint(points, (restarts,), generator=generator).to(x.device).repeat(sets)
+    draws = torch.rand(clusters - 1, restarts, generator=generator).to(x.device).repeat(1, sets)
     centres = x[rows, first][:, None]
-    for _ in range(clusters - 1):
+    for draw in draws:
         away = torch.cdist(x, centres).square().amin(2) + 1e-12  # equal points still leave something to draw from
-        chosen = torch.multinomial(away, 1, generator=generator)[:, 0]
+        share = away.cumsum(1)
+        chosen = torch.searchsorted(share, (draw * share[:, -1])[:, None]).clamp(max=points - 1)[:, 0]
         centres = torch.cat([centres, x[rows, chosen][:, None]], dim=1)
     for _ in range(iterations):
         near = torch.nn.functional.one_hot(torch.cdist(x, centres).argmin(2), clusters).to(x.dtype)

@@ -272,6 +272,9 @@ def loss_deviation(rows: list[dict[str, float]], stored: list[dict[str, float]])
         rows: ``step``, ``loss`` (mean since the row before) and ``held_out``, as in ``log.jsonl``.
         stored: the same of another training, as under ``flow`` in ``data/probes/<name>-<seed>.json``.
 
+    Returns:
+        Infinity where a loss is not finite.
+
     Raises:
         ValueError: they have no step in common.
     """
@@ -281,7 +284,8 @@ def loss_deviation(rows: list[dict[str, float]], stored: list[dict[str, float]])
         raise ValueError(
             f"The two logs share no step: {[r['step'] for r in rows]} and {list(known)}; compare equal presets."
         )
-    return max(abs(now - then) / then for now, then in shared)
+    gaps = [abs(now - then) / then for now, then in shared]
+    return max(gaps) if np.isfinite(gaps).all() else math.inf
 
 
 def _judged(pipeline: FluxPipeline, count: int) -> tuple[str, str]:
@@ -759,14 +763,17 @@ def main(argv: list[str] | None = None) -> None:
     changes = {k: v for k in ("steps", "batch") if (v := getattr(args, k)) is not None}
     preset = replace(PRESETS[args.preset], **changes)
     out = args.out or Path.home() / ".cache" / "malib" / "train" / f"{preset.name}-{args.seed}"
+    stored = args.compare and args.compare / "probes" / f"{preset.name}-{args.seed}.json"
+    if stored and not stored.exists():
+        parser.error(f"There is no loss curve {stored}; leave --compare away, or give a folder that --install has filled.")
     try:
         if args.revive:
             revive(args.revive, preset, args.seed, out)
         print(train(preset, args.seed, out, args.device, not args.eager))
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         parser.error(str(error))
-    if args.compare:
-        _compare(out, args.compare / "probes" / f"{preset.name}-{args.seed}.json", parser)
+    if stored:
+        _compare(out, stored, parser)
     if args.install_probe:
         install(out, args.install_probe, model=False)
     if args.install:
@@ -775,8 +782,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def _compare(out: Path, stored: Path, parser: argparse.ArgumentParser) -> None:
     """Print how far the loss curve of ``out`` is from a stored one; exit with an error beyond ``LOSS_BAND``."""
-    if not stored.exists():
-        parser.error(f"There is no loss curve {stored}; leave --compare away, or give a folder that --install has filled.")
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     deviation = loss_deviation(rows, json.loads(stored.read_text())["flow"])
     print(f"largest deviation of the loss from {stored}: {deviation:.2%} (at most {LOSS_BAND:.0%})")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -192,6 +194,58 @@ def transport(
         return transported(dit, text.value, other.value, seed.value, *chosen, steps=steps, cfg=cfg, guidance=guidance)
 
     return _board(show, text, [other], [seed, rule, k], [strength, mask, branch], [layers, window])
+
+
+def filmed(
+    dit: DiT,
+    target: str,
+    source: str,
+    seed: int,
+    way: str,
+    k: int,
+    mask: str,
+    frames: int,
+    *,
+    steps: int,
+    cfg: float | None,
+    guidance: float | None,
+) -> Comparison:
+    """A strip of pictures from target to source, evenly spaced in strength.
+
+    ``way`` is "top", "random" or "all" for a transport of such channels in the tokens of ``mask`` ("all", "source",
+    "target", "union"), or "prompt" for interpolated prompt embeddings.
+    """
+    rules = {"top": TopK(k), "random": RandomK(k, without_top=k), "all": TopK(dit.width)}
+    call, strip = {"steps": steps, "cfg": cfg, "guidance": guidance}, []
+    for number in range(frames):
+        strength = number / (frames - 1)
+        if way == "prompt":
+            edit = edits.Interpolate(source=source, strength=strength)
+        else:
+            edit = edits.Transport(rules[way], source, mask=None if mask == "all" else mask, strength=strength)
+        strip.append(dit.generate(target, seed, edits=[edit] if strength else [], **call))
+    return functools.reduce(operator.or_, strip)
+
+
+def film(
+    dit: DiT, target: str, source: str, *, steps: int = 20, cfg: float | None = None, guidance: float | None = None
+) -> ipywidgets.VBox:
+    """Two prompts, which channels or the prompt itself, k, tokens and number of frames; the strip from one to the other."""
+    import ipywidgets as w
+
+    text, seed = _prompt_and_seed(target)
+    text.description = "target"
+    other = w.Text(source, description="source", continuous_update=False, layout=w.Layout(width="720px"))
+    way = w.Dropdown(options=["top", "random", "all", "prompt"], description="way")
+    k = w.IntSlider(8, 1, min(64, dit.width // 2), description="k", continuous_update=False)
+    mask = w.Dropdown(options=["all", "source", "target", "union"], description="tokens")
+    frames = w.IntSlider(4, 2, 8, description="frames", continuous_update=False)
+
+    def show() -> Comparison:
+        given = (text.value, other.value, seed.value, way.value, k.value, mask.value, frames.value)
+        return filmed(dit, *given, steps=steps, cfg=cfg, guidance=guidance)
+
+    return _board(show, text, [other], [seed, way, k], [mask, frames])
 
 
 def clustered(

@@ -300,7 +300,11 @@ def test_a_recorded_source_does_what_a_travelling_one_does(any_dit: DiT) -> None
 
 def test_companions_are_seen_by_nobody_else_and_batches_do_not_matter(any_dit: DiT) -> None:
     """Two transports and a disruption in one call; readers and other writers see the targets alone."""
-    edits = [Transport(TopK(3), SOURCES), Disrupt(TopK(2)), Transport(BottomK(2), "a ring", layers=1, whose="union")]
+    edits = [
+        Transport(TopK(3), SOURCES, mask="source"),
+        Disrupt(TopK(2)),
+        Transport(BottomK(2), "a ring", layers=1, whose="union", mask="target"),
+    ]
     whole = any_dit.generate(PROMPTS, steps=STEPS, edits=edits, record=[ChannelStats(top=0), Gates()])
     assert whole.records.channel_stats.sizes["sample"] == whole.records.disrupt.sizes["sample"] == 2
     assert whole.images.shape[0] == whole.records.gates.sizes["sample"] == 2
@@ -357,7 +361,7 @@ def test_inversion_follows_the_flow_upwards(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(path) == 5
     for index, latents in enumerate(path):
         torch.testing.assert_close(latents, clean + 0.7 * index / 4)
-    at = dit._route(images, ["", ""], [0, 1], Pictures(images, route="inversion"), 4)
+    at = dit._route(images, ["", ""], [0, 1], Pictures(images, route="inversion"), 4, None)
     torch.testing.assert_close(at(0.6), clean + 0.42)
 
 
@@ -377,6 +381,21 @@ def test_starting_from_pictures(any_dit: DiT) -> None:
         noise = any_dit.generate(PROMPTS, steps=1, start=Renoised(images, 1.0))
         np.testing.assert_allclose(noise.latents, any_dit.generate(PROMPTS, steps=1).latents, atol=1e-5)
     assert any_dit.pipeline.scheduler is own
+
+
+def once(dit: DiT) -> malib.Generation:
+    """A source recorded in one step."""
+    return dit.generate(SOURCES, steps=1, record=[HiddenStates(channels=TopK(1))])
+
+
+def test_a_source_recorded_with_other_weights_is_refused(flux_dit: DiT) -> None:
+    edit, weight = Transport(TopK(1), once(flux_dit)), flux_dit.pipeline.transformer.proj_out.weight
+    with torch.no_grad():
+        weight.add_(1)
+    with pytest.raises(ValueError, match="other weights"):
+        flux_dit.generate(PROMPTS, steps=1, edits=[edit])
+    with torch.no_grad():
+        weight.sub_(1)
 
 
 @pytest.mark.parametrize(
@@ -404,6 +423,10 @@ def test_starting_from_pictures(any_dit: DiT) -> None:
             "8 x 8 pixels",
         ),
         (lambda d: Transport(TopK(1), d.generate(PROMPTS, steps=1)), "holds no hidden states"),
+        (lambda d: d.generate(PROMPTS, steps=2, edits=[Transport(TopK(1), once(d))]), "recorded in 1 steps"),
+        (lambda d: Transport(TopK(1), once(d), whose="target"), "no others"),
+        (lambda d: Transport(TopK(1), once(d), mask="source", mask_channels=TopK(2)), "no others"),
+        (lambda d: Transport(TopK(1), once(d), seeds=3), "its own noise"),
         (lambda d: Transport(TopK(1), "a", strength=2.0), "strength is 2.0"),
         (lambda d: Transport(TopK(1), "a", mask="here"), "mask='here'"),
         (lambda d: Transport(TopK(1), "a", mask="source", stream="text"), "text tokens have none"),

@@ -47,9 +47,11 @@ def test_discovery(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         ("03_clustering", "sd3", ["pictures=8", "steps=2", "k=2", "ks=[2,4]"]),
         ("04_transport", "mini-flux", ["pairs=2", "steps=2", "ks=[2,8]", "strengths=[1.0]"]),
         ("04_transport", "sd3", ["pairs=2", "steps=2", "k=2", "ks=[2,4]"]),
+        ("05_prompt_interpolation", "mini-flux", ["pairs=2", "steps=2", "strengths=[1.0]"]),
+        ("05_prompt_interpolation", "sd3", ["pairs=2", "steps=2", "k=2"]),
     ],
 )
-def test_disruption_clustering_and_transport(
+def test_the_other_notebooks(
     notebook: str, model: str, given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.setenv("MALIB_CACHE", str(tmp_path / "cache"))
@@ -100,6 +102,18 @@ def test_the_transporter_shows_source_target_and_result(flux_dit: malib.DiT) -> 
     box = widgets.transport(flux_dit, "a red star", "a blue ring", steps=2, cfg=2.0)
     box.children[0].value = " "
     assert "non-empty text" in box.children[5].value
+
+
+def test_the_film_leads_from_the_target_to_the_source(flux_dit: malib.DiT) -> None:
+    call = {"steps": 2, "cfg": 2.0, "guidance": None}
+    plain = flux_dit.generate("a red star", 3, **call)
+    for way in ("top", "prompt"):
+        strip = widgets.filmed(flux_dit, "a red star", "a blue ring", 3, way, 2, "all", 3, **call)
+        assert len(strip.columns) == 3 and (strip.columns[0].images == plain.images).all()
+        assert [c.provenance["call"]["edits"][0]["strength"] for c in strip.columns[1:]] == [0.5, 1.0]
+    box = widgets.film(flux_dit, "a red star", "a blue ring", steps=2, cfg=2.0)
+    box.children[0].value = " "
+    assert "non-empty text" in box.children[4].value
 
 
 def test_the_explorer_draws_what_the_records_hold(flux_dit: malib.DiT) -> None:

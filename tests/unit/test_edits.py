@@ -108,7 +108,7 @@ def moved(x: torch.Tensor, source: torch.Tensor, **fields) -> tuple[torch.Tensor
     """A transport at the output of one block, and the channels that it took."""
     found = x.clone()
     listener = Transport(source="a star", **fields).start(Run(len(x), 1, (None,), (2, 3)))
-    listener(AT, found, source)
+    listener(AT, found, {"source": source, "target": x})
     listener.flush()
     return found, torch.from_numpy(listener.dataset().mask.values[:, 0, 0, 0])
 
@@ -141,7 +141,7 @@ def test_transport_finds_the_figure_of_source_or_target() -> None:
     for mask, where in (("source", figures[1]), ("target", figures[0]), ("union", figures[0] | figures[1])):
         listener = Transport(Channels((0, 1)), "a star", mask=mask).start(Run(1, 1, (None,), (64, 64)))
         found = x.clone()
-        listener(AT, found, source)
+        listener(AT, found, {"source": source, "target": x})
         listener.flush()
         assert np.array_equal(listener.dataset().tokens.values[:, 0, 0, 0], where.numpy())
         assert torch.equal(found[where][:, :2], source[where][:, :2]) and torch.equal(found[~where], x[~where])
@@ -160,3 +160,21 @@ def test_pictures_and_masks_that_cannot_be_are_refused() -> None:
         Transport(TopK(1), "a", whose="mine")
     with pytest.raises(TypeError, match="give it a rule"):
         Transport(3, "a")
+
+
+def test_the_targets_figure_is_that_of_the_undisturbed_target() -> None:
+    """A second block sees a target that holds the source's values already; its own figure must not be lost."""
+    grids = np.zeros((2, 6, 6), dtype=bool)
+    grids[0, 1:3, 1:3] = grids[1, 3:5, 3:5] = True
+    figures = torch.from_numpy(grids.reshape(2, 1, 36))
+    base = torch.randn(1, 36, 10, generator=torch.Generator().manual_seed(0)) * 0.1
+    x, source = (torch.where(f[..., None] & (torch.arange(10) < 2), base + 5, base) for f in figures)
+    edit = Transport(Channels((0, 1)), "a star", mask="union")
+    assert edit.companions == ("source", "target") and Transport(TopK(1), "a", mask="source").companions == ("source",)
+    assert Transport(TopK(1), "a", whose="target").companions == ("source", "target")
+    listener, travelling = edit.start(Run(1, 1, (None,) * 3, (64, 64))), x.clone()
+    for layer in range(3):
+        listener(Event(0, "cond", layer, "image", "output"), travelling, {"source": source, "target": x})
+    listener.flush()
+    tokens = listener.dataset().tokens.values[0, 0, 0]
+    assert (tokens == (figures[0] | figures[1]).numpy()).all()

@@ -267,12 +267,16 @@ def test_transport_scores_at_both_ends_of_the_way() -> None:
     target, source = (
         np.stack([(scenes.render(c[i]).image * 255).round().astype(np.uint8) for c in couples]) for i in (0, 1)
     )
-    panel = metrics.bundled_panel()
-    stayed, went = (metrics.transport_scores(x, target, source, panel, couples).mean("sample") for x in (target, source))
+    figures = tuple(metrics.bundled_panel().masks(x) for x in (target, source))
+    stayed, went = (metrics.transport_scores(x, target, source, figures, couples).mean("sample") for x in (target, source))
     assert stayed.sel(measure="likeness") < 0.05 and stayed.sel(measure="preservation") > 0.95
     assert went.sel(measure="likeness") > 0.95 and went.sel(measure="preservation") < 0.05
     assert max(float(stayed.sel(measure="composite")), float(went.sel(measure="composite"))) < 0.1
-    pixels = metrics.transport_scores(source, target, source, panel)
+    pixels = metrics.transport_scores(source, target, source, figures)
+    recoloured = scenes.variants(8, "colour")
+    drawn = [np.stack([(scenes.render(c[i]).image * 255).round().astype(np.uint8) for c in recoloured]) for i in (0, 1)]
+    edited = metrics.transport_scores(drawn[1], *drawn, figures, recoloured, ["colour"]).mean("sample")
+    assert edited.sel(measure="likeness") > 0.95 and edited.sel(measure="preservation") > 0.95
     assert list(pixels.measure.values) == ["likeness", "preservation", "composite", "near_source", "near_target"]
     assert (pixels.sel(measure="likeness") == 1).all() and (pixels.sel(measure="preservation") == 0).all()
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from malib import figures
+
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
@@ -19,3 +21,13 @@ def test_every_local_link_and_picture_exists() -> None:
     root = Path(__file__).parents[2]
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (root / target).exists(), target
+
+
+def test_the_commands_for_other_models_name_parameters_that_the_notebooks_have() -> None:
+    for command in re.findall(r'make figures ARGS="([^"]*)"', README):
+        words = command.split()
+        only = words[words.index("--only") + 1 :] if "--only" in words else []
+        only = only[: next((i for i, w in enumerate(only) if w.startswith("-")), len(only))]
+        given = [words[i + 1].split("=")[0] for i, word in enumerate(words) if word == "-p"]
+        for notebook in figures.select(only):
+            assert figures.parameters_for(notebook, "preview", dict.fromkeys(given))

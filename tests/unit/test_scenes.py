@@ -122,3 +122,14 @@ def test_pairs_differ_in_every_attribute_and_stay_the_same() -> None:
     for target, source in found:
         assert all(a != b for a, b in zip(scenes.attributes(target), scenes.attributes(source), strict=True))
         assert source.subjects[0].colour != target.background
+
+
+@pytest.mark.parametrize("attribute", ["shape", "colour", "size", "position", "background", "pattern"])
+def test_variants_differ_in_one_attribute_alone(attribute: str) -> None:
+    place = ("shape", "colour", "size", "position", "background", "pattern").index(attribute)
+    for target, source in scenes.variants(12, attribute):
+        told = [a != b for a, b in zip(scenes.attributes(target), scenes.attributes(source), strict=True)]
+        assert told[place] and sum(told) == 1 and target.seed == source.seed
+        assert source.subjects[0].colour != source.background
+    with pytest.raises(ValueError, match="no attribute"):
+        scenes.variants(1, "mood")

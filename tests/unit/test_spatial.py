@@ -104,3 +104,13 @@ def test_masks_go_to_tokens_and_back() -> None:
     assert np.array_equal(spatial.to_tokens(drawn, (16, 16)), majority)
     with pytest.raises(ValueError, match="no whole number"):
         spatial.to_tokens(mask, (15, 16))
+
+
+def test_clusters_do_not_depend_on_the_place_among_the_sets() -> None:
+    """Points without any structure, where every start leads elsewhere."""
+    x = torch.randn(7, 40, 5, generator=torch.Generator().manual_seed(1))
+    together = spatial.kmeans(x, 3, restarts=2, iterations=5)
+    assert all(torch.equal(spatial.kmeans(x[i : i + 1], 3, restarts=2, iterations=5)[0], together[i]) for i in range(7))
+    assert not torch.equal(
+        spatial.kmeans(x, 3, restarts=1, iterations=1, seed=9), spatial.kmeans(x, 3, restarts=1, iterations=1)
+    )

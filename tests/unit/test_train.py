@@ -132,6 +132,7 @@ def test_loss_curves_are_held_to_each_other_over_their_common_steps() -> None:
     assert train.loss_deviation(now, then) == pytest.approx(0.03)
     with pytest.raises(ValueError, match="share no step"):
         train.loss_deviation(now, then[:1])
+    assert train.loss_deviation([*now, {"step": 750, "loss": float("nan"), "held_out": 2.0}], then) == float("inf")
 
 
 def test_the_command_says_when_a_loss_curve_has_left_its_band(finished, tmp_path, monkeypatch, capsys) -> None:
@@ -160,6 +161,9 @@ def test_the_command_says_when_a_loss_curve_has_left_its_band(finished, tmp_path
     with pytest.raises(SystemExit):
         train.main(call)
     assert "left its band" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main([*call[:-1], str(tmp_path / "nothing")])
+    assert "no loss curve" in capsys.readouterr().err
 
 
 def test_an_installed_training_goes_on_where_its_folder_is_lost(finished, tmp_path, monkeypatch) -> None:
