@@ -23,12 +23,14 @@ import torch
 from .cache import Store
 from .channels import TopK
 from .dit import BUNDLED, data_folder, load, versions
+from .edits import Transport
 from .metrics import bootstrap
 from .records import ChannelStats, HiddenStates
 from .spatial import kmeans, min_max
 
 if TYPE_CHECKING:
     from .dit import DiT
+    from .generation import Generation
 
 MARKS = "<!-- bench -->", "<!-- /bench -->"
 _MEMORY_STEPS = 4
@@ -87,17 +89,33 @@ def nnsight_statistics(dit: DiT, prompts: list[str], steps: int) -> None:
                     kept.append(_statistics(block.output[index]))
 
 
+def transport_paired(dit: DiT, prompts: list[str], steps: int) -> None:
+    """malib: a transport of 8 channels everywhere, source and target in one batch: twice the pictures."""
+    dit.generate(prompts, steps=steps, edits=[Transport(TopK(8), prompts[::-1])])
+
+
+def transport_replayed(dit: DiT, prompts: list[str], steps: int) -> None:
+    """malib: the same from a source that was recorded before."""
+    dit.generate(prompts, steps=steps, edits=[Transport(TopK(8), _source(dit, tuple(prompts), steps))])
+
+
 CONTESTANTS: dict[str, Callable[[DiT, list[str], int], None]] = {
     "plain generation": plain,
     "malib, running means": running_means,
     "malib, every sample": every_sample,
     "hooks that keep every output": kept_outputs,
     "nnsight, every sample": nnsight_statistics,
+    "malib, transport, paired": transport_paired,
+    "malib, transport, replayed": transport_replayed,
 }
+_TWICE = ("malib, transport, paired",)
 
 
 def race(dit: DiT, prompts: list[str], steps: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """Seconds of each contestant in each round, and their ratio to plain generation with its 95 % interval."""
+    """Seconds of each contestant in each round, and their ratio to plain generation with its 95 % interval.
+
+    A paired transport draws its sources, too, and is held against plain generation of twice the pictures.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in _present()}
     for number in range(rounds + 1):
         for name in seconds:
@@ -107,7 +125,7 @@ def race(dit: DiT, prompts: list[str], steps: int, rounds: int) -> dict[str, dic
                 seconds[name].append(time.perf_counter() - began)
     base, rows = np.array(seconds["plain generation"]), {}
     for name, times in seconds.items():
-        ratio = bootstrap(np.array(times) / base)
+        ratio = bootstrap(np.array(times) / (base * (2 if name in _TWICE else 1)))
         rows[name] = {"seconds": float(np.median(times)), "ratio": [ratio.mean, ratio.low, ratio.high]}
     return rows
 
@@ -209,6 +227,7 @@ def table(document: dict[str, Any]) -> str:
     for name, row in document["rows"].items():
         mean, low, high = row["ratio"]
         peaks = ", ".join(f"{document['memory'][name][c]:,.0f}" for c in counts)
+        name += " (of twice the pictures)" if name in _TWICE else ""
         lines.append(f"| {name} | {mean:.3f} [{low:.3f}, {high:.3f}] | {peaks} |")
     start, store, clusters = document["start"], document["cache"], document["two_means"]
     mean, low, high = clusters["ratio"]
@@ -241,6 +260,11 @@ def _present() -> list[str]:
     except ImportError:
         return [name for name in CONTESTANTS if "nnsight" not in name]
     return list(CONTESTANTS)
+
+
+@cache
+def _source(dit: DiT, prompts: tuple[str, ...], steps: int) -> Generation:
+    return dit.generate(list(prompts[::-1]), steps=steps, record=[HiddenStates(channels=TopK(8))])
 
 
 @cache

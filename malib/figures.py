@@ -89,6 +89,11 @@ NOTEBOOKS = (
             "full": {"pairs": 24, "steps": 20, "strengths": [0.25, 0.5, 0.75, 1.0], "draws": 3},
         },
     ),
+    Notebook(
+        "06_subject_driven",
+        ("methods", "pictures"),
+        {"preview": {"pairs": 5, "steps": 6, "draws": 1}, "full": {"pairs": 48, "steps": 20, "draws": 3}},
+    ),
 )
 
 

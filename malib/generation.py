@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,6 +18,38 @@ def check_pictures(images: np.ndarray) -> None:
     """Refuse what is no stack of pictures, uint8 (B, H, W, 3)."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise ValueError(f"Pictures must be uint8 (B, H, W, 3), not {images.dtype} {images.shape}.")
+
+
+def open_picture(source: str | Path | bytes, size: tuple[int, int]) -> np.ndarray:
+    """A picture file as an array: turned as its EXIF says, on white where it is transparent, cropped to the middle.
+
+    Args:
+        source: path of a PNG, JPEG, WebP, ... or its bytes, as an upload widget gives them.
+        size: (height, width) in pixels that is wanted.
+
+    Returns:
+        uint8 (1, height, width, 3).
+
+    Raises:
+        ValueError: there is no such file, or it is no picture.
+    """
+    import io
+
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    name = "The picture" if isinstance(source, bytes) else f"'{source}'"
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+            turned = ImageOps.exif_transpose(opened).convert("RGBA")
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise ValueError(
+            f"{name} could not be read as a picture ({reason}); give a whole PNG, JPEG or WebP file."
+        ) from error
+    white = Image.new("RGBA", turned.size, "white")
+    white.alpha_composite(turned)
+    fitted = ImageOps.fit(white.convert("RGB"), (size[1], size[0]), Image.Resampling.LANCZOS)
+    return np.asarray(fitted, dtype=np.uint8)[None].copy()
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +137,7 @@ class Comparison:
         for i in range(max(len(g) for g in self.columns)):
             cells = (
                 f'<td><img style="image-rendering:pixelated;width:{max(128, min(g.images.shape[2], 384))}px" '
-                f'title="{html.escape(g.prompts[i])}, seed {g.seeds[i]}" src="{_png(g.images[i])}"></td>'
+                f'title="{html.escape(g.prompts[i])}, seed {g.seeds[i]}" src="{_inline(g.images[i])}"></td>'
                 if i < len(g)
                 else "<td></td>"
                 for g in self.columns
@@ -161,12 +194,18 @@ def _edits_in_words(generation: Generation) -> str:
     return ", ".join(words(e) for e in generation.provenance["call"]["edits"]) or "undisturbed"
 
 
-def _png(image: np.ndarray) -> str:
+def _inline(image: np.ndarray) -> str:
     import base64
+
+    return "data:image/png;base64," + base64.b64encode(png(image)).decode()
+
+
+def png(image: np.ndarray) -> bytes:
+    """A picture, uint8 (H, W, 3), as the bytes of a PNG file."""
     import io
 
     from PIL import Image
 
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "png")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()

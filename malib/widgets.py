@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 from . import edits, plots
 from .channels import BottomK, RandomK, TopK
+from .generation import open_picture, png
 from .records import ChannelStats, Clusters, HiddenStates
 from .spatial import on_grid
 
 if TYPE_CHECKING:
     import ipywidgets
+    import numpy as np
     import plotly.graph_objects as go
 
     from .dit import DiT
@@ -194,6 +196,67 @@ def transport(
         return transported(dit, text.value, other.value, seed.value, *chosen, steps=steps, cfg=cfg, guidance=guidance)
 
     return _board(show, text, [other], [seed, rule, k], [strength, mask, branch], [layers, window])
+
+
+def subject_driven(
+    dit: DiT,
+    prompt: str,
+    seed: int,
+    picture: np.ndarray,
+    told: str,
+    rule: str,
+    k: int,
+    strength: float,
+    mask: str,
+    route: str,
+    *,
+    steps: int,
+    cfg: float | None,
+    guidance: float | None,
+) -> Comparison:
+    """The prompt's picture, and the same with channels of a reference ``picture``, uint8 (1, H, W, 3).
+
+    ``rule`` is "top", "random" or "all"; ``mask`` "all", "source", "target" or "union"; ``route`` as of ``Pictures``.
+    """
+    chosen = {"top": TopK(k), "random": RandomK(k, without_top=k), "all": TopK(dit.width)}[rule]
+    source = edits.Pictures(picture, told, route)
+    edit = edits.Transport(chosen, source, mask=None if mask == "all" else mask, strength=strength)
+    call = {"steps": steps, "cfg": cfg, "guidance": guidance}
+    return dit.generate(prompt, seed, **call) | dit.generate(prompt, seed, edits=[edit], **call)
+
+
+def subject(
+    dit: DiT,
+    prompt: str,
+    picture: np.ndarray,
+    told: str = "",
+    *,
+    steps: int = 20,
+    cfg: float | None = None,
+    guidance: float | None = None,
+) -> ipywidgets.VBox:
+    """A prompt, a reference, uploaded or ``picture`` (H, W, 3), and what it shows; channels, k, strength, tokens, route."""
+    import ipywidgets as w
+
+    text, seed = _prompt_and_seed(prompt)
+    upload = w.FileUpload(accept="image/*", description="reference")
+    words = w.Text(told, description="shows", continuous_update=False, layout=w.Layout(width="520px"))
+    rule = w.Dropdown(options=["top", "random", "all"], description="channels")
+    k = w.IntSlider(8, 1, min(64, dit.width // 2), description="k", continuous_update=False)
+    strength = w.FloatSlider(value=1.0, min=0, max=1, step=0.05, description="strength", continuous_update=False)
+    mask = w.Dropdown(options=["union", "source", "target", "all"], description="tokens")
+    route = w.Dropdown(options=list(edits.ROUTES), description="route")
+    preview = w.Image(value=png(picture), width=96, height=96)
+
+    def show() -> Comparison:
+        given = open_picture(bytes(upload.value[0]["content"]), (dit.size, dit.size)) if upload.value else picture[None]
+        preview.value = png(given[0])
+        chosen = (words.value, rule.value, k.value, strength.value, mask.value, route.value)
+        return subject_driven(dit, text.value, seed.value, given, *chosen, steps=steps, cfg=cfg, guidance=guidance)
+
+    board = _board(show, text, [upload, words], [seed, rule, k], [strength, mask, route])
+    board.children = (*board.children[:2], preview, *board.children[2:])
+    return board
 
 
 def filmed(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import malib
 from malib import figures, widgets
+from malib.generation import png
 
 from .. import architectures
 
@@ -49,6 +52,8 @@ def test_discovery(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         ("04_transport", "sd3", ["pairs=2", "steps=2", "k=2", "ks=[2,4]"]),
         ("05_prompt_interpolation", "mini-flux", ["pairs=2", "steps=2", "strengths=[1.0]"]),
         ("05_prompt_interpolation", "sd3", ["pairs=2", "steps=2", "k=2"]),
+        ("06_subject_driven", "mini-flux", ["pairs=2", "steps=2"]),
+        ("06_subject_driven", "sd3", ["pairs=2", "steps=2", "k=2"]),
     ],
 )
 def test_the_other_notebooks(
@@ -114,6 +119,22 @@ def test_the_film_leads_from_the_target_to_the_source(flux_dit: malib.DiT) -> No
     box = widgets.film(flux_dit, "a red star", "a blue ring", steps=2, cfg=2.0)
     box.children[0].value = " "
     assert "non-empty text" in box.children[4].value
+
+
+def test_an_uploaded_subject_enters_the_picture_or_is_refused_in_a_sentence(flux_dit: malib.DiT) -> None:
+    side, call = flux_dit.size, {"steps": 2, "cfg": 2.0, "guidance": None}
+    picture = np.random.default_rng(0).integers(0, 255, size=(side, side, 3), dtype=np.uint8)
+    pair = widgets.subject_driven(flux_dit, "a red star", 3, picture[None], "a ring", "top", 2, 0.5, "all", "noise", **call)
+    edit = malib.Transport(malib.TopK(2), malib.Pictures(picture[None], "a ring"), strength=0.5)
+    assert (pair.columns[1].images == flux_dit.generate("a red star", 3, edits=[edit], **call).images).all()
+    box = widgets.subject(flux_dit, "a red star", picture, steps=2, cfg=2.0)
+    (upload, _), preview, status = box.children[1].children, box.children[2], box.children[5]
+    assert status.value == "" and preview.value == png(picture)
+    file = {"name": "x.png", "type": "image/png", "size": 3, "last_modified": datetime.now(UTC)}
+    upload.value = ({**file, "content": memoryview(png(255 - picture))},)
+    assert status.value == "" and preview.value == png(255 - picture)
+    upload.value = ({**file, "content": memoryview(b"abc")},)
+    assert "give a whole PNG" in status.value
 
 
 def test_the_explorer_draws_what_the_records_hold(flux_dit: malib.DiT) -> None:
