@@ -347,20 +347,28 @@ def birth(data: xr.Dataset) -> Figure:
 
 
 def sizes(data: xr.Dataset) -> Figure:
-    """``lead``, ``kept`` (training, train_step), ``width``, ``chance`` (training), ``shared`` (pair of seeds)."""
+    """Trainings by width and seed.
+
+    ``lead``, ``kept`` (training, train_step); ``width``, ``chance`` and ``longer`` (training), the last where a training has
+    another, longer recipe than the others, which are compared; ``shared`` (pair of seeds).
+    """
     figure, (left, middle, right) = _canvas(1, 3, (13.0, 3.9))
     widths = sorted(set(data.width.values.tolist()))
     colours = dict(zip(widths, sns.color_palette("viridis", len(widths) + 1), strict=False))
     runs = {str(name): data.sel(training=name).dropna("train_step", subset=["lead"]) for name in data.training.values}
     common = min(int(run.train_step[-1]) for run in runs.values())
     at = {name: float(run["lead"].sel(train_step=common, method="nearest")) for name, run in runs.items()}
+    labels: set[str] = set()
     for name, run in sorted(runs.items(), key=lambda item: int(item[1].width)):
         width = int(run.width)
-        label = f"width {width}" if name == data.training.values[data.width.values == width][0] else None
-        line = {"color": colours[width], "marker": ".", "lw": 1.2, "ms": 4, "label": label}
-        left.plot(run.train_step, run["lead"], **line)
+        label = f"width {width}, longer recipe" if run.longer else f"width {width}"
+        line = {"color": colours[width], "marker": ".", "lw": 1.2, "ms": 4, "ls": "--" if run.longer else "-"}
+        left.plot(run.train_step, run["lead"], label=None if label in labels else label, **line)
         right.plot(run.train_step, run.kept, **line)
-        middle.scatter(width, at[name], color=colours[width], s=36, zorder=3)
+        middle.scatter(
+            width, at[name], facecolor="none" if run.longer else colours[width], edgecolor=colours[width], s=36, zorder=3
+        )
+        labels.add(label)
     chance = {int(w): float(c) for w, c in zip(data.width.values, data.chance.values, strict=True)}
     middle.plot(widths, [chance[w] for w in widths], color="0.5", ls="--", marker="_", label="normal values of that width")
     middle.set(xlabel="width (channels)", ylabel="largest score / median", title=f"at about step {common}", xticks=widths)
@@ -380,8 +388,9 @@ def sizes(data: xr.Dataset) -> Figure:
         _log(axis, "y")
     for axis in (left, middle, right):
         axis.legend(frameon=False, fontsize=8)
-    means = ", ".join(f"{np.mean([at[n] for n, run in runs.items() if run.width == w]):.0f} x at {w}" for w in widths)
-    return _finish(figure, f"After about {common} training steps the leading channel is {means} channels", data)
+    alike = {w: [at[n] for n, run in runs.items() if run.width == w and not run.longer] for w in widths}
+    means = ", ".join(f"{np.mean(found):.0f} x at width {w}" for w, found in alike.items() if found)
+    return _finish(figure, f"After about {common} training steps the highest score is, over the median, {means}", data)
 
 
 _RULES = ("top", "equal energy", "equal norm", "random", "bottom")
