@@ -56,8 +56,7 @@ class Disrupt(Window):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.channels, Rule):
-            raise TypeError(f"Disrupt was given {self.channels!r}; give it a rule such as TopK(8) or Channels((3, 7)).")
+        _check_rule(self)
         if self.mode not in MODES:
             raise ValueError(f"Mode '{self.mode}' is unknown; use one of {', '.join(MODES)}.")
         if self.tokens is not None:
@@ -237,12 +236,10 @@ class Transport(Window):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.channels, Rule):
-            raise TypeError(f"Transport was given {self.channels!r}; give it a rule such as TopK(8) or Channels((3, 7)).")
+        _check_rule(self)
         if self.whose not in WHOSE:
             raise ValueError(f"whose='{self.whose}' is unknown; use one of {', '.join(WHOSE)}.")
-        if not 0 <= self.strength <= 1:
-            raise ValueError(f"strength is {self.strength}; it must lie between 0 and 1.")
+        _check_strength(self.strength)
         if isinstance(self.mask, str) and self.mask not in WHOSE:
             raise ValueError(f"mask='{self.mask}' is unknown; use one of {', '.join(WHOSE)}, None, or an array.")
         if isinstance(self.mask, str) and self.stream != "image":
@@ -320,8 +317,7 @@ class Interpolate(Window):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.strength <= 1:
-            raise ValueError(f"strength is {self.strength}; it must lie between 0 and 1.")
+        _check_strength(self.strength)
         object.__setattr__(self, "source", (self.source,) if isinstance(self.source, str) else tuple(self.source))
 
     @property
@@ -333,6 +329,17 @@ class Interpolate(Window):
         """A listener that applies the edit."""
         _check_number("sources", len(self.source), run)
         return _InterpolateListener(self, run)
+
+
+def _check_rule(edit: Disrupt | Transport) -> None:
+    if not isinstance(edit.channels, Rule):
+        name = type(edit).__name__
+        raise TypeError(f"{name} was given {edit.channels!r}; give it a rule such as TopK(8) or Channels((3, 7)).")
+
+
+def _check_strength(strength: float) -> None:
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength is {strength}; it must lie between 0 and 1.")
 
 
 def _check_number(name: str, found: int, run: Run) -> None:

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 from .families import BRANCHES, Family, Gate, Stack
 
-POINTS = ("input", "output", "gate", "prompt")
-
 
 @dataclass(frozen=True)
 class Block:

@@ -92,6 +92,11 @@ def explore(
     return w.VBox([text, w.HBox([seed, k, rank]), w.HBox([step, layer]), branch, status, output])
 
 
+def _window(layers: tuple[int, int], steps: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """Fields of an edit's window from the ends of two range sliders, inclusive."""
+    return {name: tuple(range(first, last + 1)) for name, (first, last) in (("layers", layers), ("steps", steps))}
+
+
 def disturbed(
     dit: DiT,
     prompt: str,
@@ -107,11 +112,7 @@ def disturbed(
     guidance: float | None,
 ) -> Comparison:
     """One sample undisturbed and disturbed; ``rule`` as in ``edits.controls``, first and last block and step inclusive."""
-    window = {
-        "layers": tuple(range(layers[0], layers[1] + 1)),
-        "steps": tuple(range(steps_disturbed[0], steps_disturbed[1] + 1)),
-    }
-    edit = edits.controls(k, **window)[rule][0][0]
+    edit = edits.controls(k, **_window(layers, steps_disturbed))[rule][0][0]
     if rule != "equal norm":  # which is a mode of its own
         edit = replace(edit, mode=mode, factor=0.5)
     call = {"steps": steps, "cfg": cfg, "guidance": guidance}
@@ -162,11 +163,7 @@ def transported(
     or "uncond".
     """
     chosen = {"top": TopK(k), "bottom": BottomK(k), "random": RandomK(k, without_top=k), "all": TopK(dit.width)}[rule]
-    window = {
-        "layers": tuple(range(layers[0], layers[1] + 1)),
-        "steps": tuple(range(steps_moved[0], steps_moved[1] + 1)),
-        "branches": None if branch == "both" else branch,
-    }
+    window = {**_window(layers, steps_moved), "branches": None if branch == "both" else branch}
     edit = edits.Transport(chosen, source, mask=None if mask == "all" else mask, strength=strength, **window)
     call = {"steps": steps, "cfg": cfg, "guidance": guidance}
     plain = [dit.generate(prompt, seed, **call) for prompt in (source, target)]
