@@ -94,10 +94,8 @@ class DiT:
 
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
-        if not hasattr(pipeline, "transformer"):
-            raise ValueError(f"{type(pipeline).__name__} has no transformer; malib studies diffusion transformers.")
+        self.family: Family = family_of(pipeline)
         self.pipeline, self.name, self.batch_size = pipeline, name or type(pipeline).__name__, batch_size
-        self.family: Family = family_of(pipeline.transformer)
         self.blocks = tuple(blocks_of(pipeline.transformer, self.family))
         self.store = Store() if cache is True else (cache or None)
         self._fingerprint: tuple[tuple, str] | None = None
@@ -127,20 +125,43 @@ class DiT:
     def width(self) -> int:
         """Number of channels of the hidden states."""
         config = self.pipeline.transformer.config
-        return config.num_attention_heads * config.attention_head_dim
+        return config.get("dim") or config.num_attention_heads * config.attention_head_dim
 
     @property
     def size(self) -> int:
         """The side in pixels for which the model was made."""
-        sample_size = self.pipeline.vae.config.get("sample_size")
-        if sample_size:
-            return sample_size
-        return self.pipeline.transformer.config.sample_size * self.pipeline.vae_scale_factor
+        transformer, vae = self.pipeline.transformer.config, self.pipeline.vae.config
+        latent = transformer.get("sample_size") or getattr(self.pipeline, "default_sample_size", None)
+        return latent * self._scale if transformer.get("sample_size") else vae.get("sample_size") or latent * self._scale
+
+    @property
+    def _scale(self) -> int:
+        """Pixels a side of a latent pixel."""
+        return getattr(self.pipeline, "vae_scale_factor", None) or 2 ** (
+            len(self.pipeline.vae.config.block_out_channels) - 1
+        )
+
+    def grid(self, size: tuple[int, int] | None = None) -> tuple[int, int]:
+        """(rows, columns) of the image tokens.
+
+        Args:
+            size: (height, width) in pixels; None for the model's own size.
+
+        Raises:
+            ValueError: the size is no whole number of tokens.
+        """
+        height, width = size or (self.size, self.size)
+        side = self._scale * (self.family.patch or self.pipeline.transformer.config.patch_size)
+        if height % side or width % side or min(height, width) < side:
+            raise ValueError(
+                f"{width} x {height} pixels are no whole number of tokens of {side} x {side}; use multiples of {side}."
+            )
+        return height // side, width // side
 
     @property
     def default_cfg(self) -> float:
-        """The true guidance scale of a call that names none: 3, or 1 for a model with embedded guidance."""
-        return 1.0 if self._takes_guidance() else 3.0
+        """The true guidance scale of a call that names none: 3, or 1 for a model that is distilled."""
+        return 1.0 if self._takes_guidance() or not self._takes_cfg() else 3.0
 
     @property
     def draws_scenes(self) -> bool:
@@ -223,12 +244,15 @@ class DiT:
             raise ValueError(f"steps is {steps}; it must be at least 1.")
         cfg = self.default_cfg if cfg is None else cfg
         record, edits = _as_windows(record, "record"), _as_windows(edits, "edits")
+        if cfg > 1 and not self._takes_cfg():
+            raise ValueError(f"{self.name} is distilled and has no true guidance; leave cfg=None and set guidance instead.")
         if guidance is not None and not self._takes_guidance():
             raise ValueError(f"{self.name} has no embedded guidance; leave guidance=None and set cfg instead.")
         self._warn_unknown_words(
             [*prompts, *(p for e in edits if "source" in getattr(e, "companions", ()) for p in e.prompts)]
         )
         height, width = size or (start.images.shape[1:3] if start else (self.size, self.size))
+        self._check_size(height, width)
         if start and (len(start.images) != len(prompts) or start.images.shape[1:3] != (height, width)):
             found, *shape = start.images.shape[:3]
             raise ValueError(
@@ -308,16 +332,18 @@ class DiT:
         cfg = self.default_cfg if cfg is None else cfg
         height, width = size or (self.size, self.size)
         arguments: dict[str, Any] = {
-            "prompt": prompts,
             "generator": [torch.Generator("cpu").manual_seed(s) for s in seeds],
             "num_inference_steps": steps,
-            "height": height,
-            "width": width,
-            family.cfg_argument: cfg,
             "output_type": "np",
             **family.call,
         }
-        if cfg > 1:
+        if family.classes:
+            arguments["class_labels"] = self._class_ids(prompts)
+        else:
+            arguments |= {"prompt": prompts, "height": height, "width": width}
+        if family.cfg_argument:
+            arguments[family.cfg_argument] = cfg + family.cfg_offset
+        if cfg > 1 and "negative_prompt" in inspect.signature(pipeline.__call__).parameters:
             arguments["negative_prompt"] = [""] * len(prompts)
         if guidance is not None:
             arguments[family.guidance_argument] = guidance
@@ -334,6 +360,7 @@ class DiT:
         """Pictures, uint8 (B, H, W, 3), as the latents that the transformer was trained on, before packing."""
         import torch
 
+        self._check_pictures()
         vae = self.pipeline.vae
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
         with torch.no_grad():
@@ -353,6 +380,7 @@ class DiT:
         """
         import torch
 
+        self._check_pictures()
         vae, found = self.pipeline.vae, []
         for packed in torch.from_numpy(latents).split(self.batch_size):
             unpacked = self._unpack(packed.to(vae.device, vae.dtype), size or (self.size, self.size))
@@ -386,6 +414,8 @@ class DiT:
                 )
             if isinstance(source, Recorded) and source.weights != self.fingerprint:
                 raise ValueError(f"The source was recorded with other weights than those of {self.name}; record it again.")
+            if edit.point == "prompt" and not self.family.conditioning:
+                raise ValueError(f"{self.name} takes its prompts in a form that {type(edit).__name__} cannot mix.")
             for name in getattr(edit, "companions", ()):
                 if name == "source":
                     groups.append(edit)
@@ -521,35 +551,59 @@ class DiT:
 
         from .hooks import Tap
 
-        family, pipeline, samples = self.family, self.pipeline, len(arguments["prompt"])
-        final: dict[str, torch.Tensor] = {}
+        pipeline, samples = self.pipeline, len(arguments["generator"])
 
-        def after_step(_: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            final["latents"] = tensors["latents"]
-            if not routes:
-                return {}
+        def follow(_: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             latents = tensors["latents"].clone()
             for rows, at in routes:  # pictures are read where their own route is at the next noise level
                 latents[rows] = self._pack(at(float(pipeline.scheduler.sigmas[index + 1]))).to(latents.dtype)
             return {"latents": latents}
 
-        if "callback_on_step_end" in inspect.signature(pipeline.__call__).parameters:
-            arguments["callback_on_step_end"] = after_step
-        with torch.no_grad(), Tap(pipeline, family, samples, listeners, samples // own - 1):
-            pixels = pipeline(**arguments).images[:own]
+        if routes:
+            arguments["callback_on_step_end"] = follow
+        rows, columns = self.grid((arguments.get("height", self.size), arguments.get("width", self.size)))
+        with torch.no_grad(), Tap(pipeline, self.family, samples, listeners, samples // own - 1, rows * columns) as tap:
+            pixels = np.asarray(pipeline(**arguments).images)[:own]
         if not np.isfinite(pixels).all():
             warnings.warn("Some images hold NaN; in float16 use bfloat16 or float32 instead.", stacklevel=3)
             pixels = np.nan_to_num(pixels)
-        sigmas = getattr(pipeline.scheduler, "sigmas", None)
-        latents = final["latents"][:own].float().cpu().numpy() if final else np.zeros((own, 0), np.float32)
         return (
             (pixels * 255).round().astype(np.uint8),
-            latents,
-            [] if sigmas is None else [float(s) for s in sigmas[: arguments["num_inference_steps"]]],
+            tap.latents[:own].float().cpu().numpy(),
+            _noise_levels(pipeline.scheduler, arguments["num_inference_steps"]),
         )
 
     def _takes_guidance(self) -> bool:
         return bool(self.family.guidance_argument and self.pipeline.transformer.config.get("guidance_embeds"))
+
+    def _takes_cfg(self) -> bool:
+        return bool(self.family.cfg_argument) and not self.pipeline.config.get("is_distilled")
+
+    def _check_size(self, height: int, width: int) -> None:
+        self.grid((height, width))
+        if self.family.classes and (height, width) != (self.size, self.size):
+            raise ValueError(
+                f"{self.name} draws {self.size} x {self.size} pixels alone, not {width} x {height}; leave size=None."
+            )
+
+    def _check_pictures(self) -> None:
+        if not self.family.pictures:
+            raise ValueError(
+                f"Pictures cannot enter {type(self.pipeline).__name__} yet; use a prompt as the source, or a model such as "
+                "FLUX.1, SD3 or Sana."
+            )
+
+    def _class_ids(self, prompts: list[str]) -> list[int]:
+        """ImageNet classes by number or by one of their names."""
+        known = getattr(self.pipeline, "labels", {})
+        found = [int(p) if p.isdigit() else known.get(p) for p in prompts]
+        for prompt, number in zip(prompts, found, strict=True):
+            if number is None or number >= self.pipeline.transformer.config.num_embeds_ada_norm:
+                raise ValueError(
+                    f"'{prompt}' is no class of {self.name}; give its number, or one of the {len(known)} names in "
+                    "pipeline.labels."
+                )
+        return found
 
     def _datasets(
         self, items: Sequence[Any], listeners: list[Any], prompts: list[str], seeds: list[int], sigmas: list[float]
@@ -560,7 +614,7 @@ class DiT:
             data = listener.dataset()
             if "sample" in data.dims:
                 data = data.assign_coords(prompt=("sample", prompts), seed=("sample", seeds))
-            if "step" in data.dims and sigmas:
+            if "step" in data.dims:
                 data = data.assign_coords(sigma=("step", [sigmas[i] for i in data.step.values]))
             if "layer" in data.dims:
                 data = data.assign_coords(block=("layer", [self.blocks[i].name for i in data.layer.values]))
@@ -586,6 +640,13 @@ class DiT:
         if unknown:
             words = ", ".join(f"'{w}'" for w in sorted(unknown))
             warnings.warn(f"{self.name} does not know {words}; it was not trained on such words.", stacklevel=3)
+
+
+def _noise_levels(scheduler: Any, steps: int) -> list[float]:
+    """Sigma of each step: the share of noise in a rectified flow, sqrt(1 - alpha_bar) for a model trained as DDPM."""
+    if hasattr(scheduler, "alphas_cumprod") and not scheduler.config.get("use_flow_sigmas"):
+        return [float((1 - scheduler.alphas_cumprod[int(t)]) ** 0.5) for t in scheduler.timesteps[:steps]]
+    return [float(s) for s in scheduler.sigmas[:steps]]
 
 
 def versions() -> dict[str, str]:

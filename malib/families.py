@@ -11,16 +11,28 @@ BRANCHES = ("cond", "uncond")
 
 @dataclass(frozen=True)
 class Gate:
-    """One AdaLN gate of a block.
+    """One AdaLN gate of a block, found in one of three places.
 
-    ``module`` names the norm whose returned tuple holds the gate at ``index``; None means that row ``index`` of
-    ``scale_shift_table + timestep`` is the gate (the PixArt way). The channels of the gate are those of ``stream``.
+    Attributes:
+        name: "attention", "mlp" or "block" (one gate for both).
+        module: the submodule that yields it: at ``index`` of the tuple that it returns, or, with ``parts``, as one of so
+            many equal parts of the tensor that it returns.
+        index: which one.
+        stream: whose channels it gates.
+        parts: into how many equal parts the tensor is cut along the channels.
+        argument: the block's argument that holds the tensor, where a stack of blocks shares its modulation.
+        tanh: whether the block passes the gate through tanh.
+
+    With neither ``module`` nor ``argument``, row ``index`` of ``scale_shift_table + timestep`` is the gate (the PixArt way).
     """
 
     name: str
-    module: str | None
-    index: int
+    module: str | None = None
+    index: int = 0
     stream: str = "image"
+    parts: int = 0
+    argument: str | None = None
+    tanh: bool = False
 
 
 @dataclass(frozen=True)
@@ -31,8 +43,10 @@ class Stack:
         attribute: name of the ModuleList on the transformer.
         label: short name of its blocks ("double", "single", ...).
         returns: the streams in the order in which a block returns them; a block may return None for a stream.
-        arguments: for each stream that enters the block, its parameter name.
+        arguments: for each stream that enters the block, its parameter name, in the order of the parameters.
         gates: the AdaLN gates of a block.
+        joined: how a block's one tensor holds both streams: "text first" or "image first" (padding may follow the image);
+            None where each stream has a tensor of its own.
     """
 
     attribute: str
@@ -40,6 +54,7 @@ class Stack:
     returns: tuple[str, ...]
     arguments: dict[str, str]
     gates: tuple[Gate, ...] = ()
+    joined: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,11 +67,18 @@ class Family:
         passes: how true classifier-free guidance runs: "sequential" (one call a branch, in the order of ``order``) or
             "batched" (one call, the batch being the concatenation of ``order``).
         order: the branches in that order.
-        cfg_argument: the pipeline's argument for the classifier-free scale.
+        cfg_argument: the pipeline's argument for the classifier-free scale; None where there is no true guidance.
+        cfg_offset: added to the scale on the way to the pipeline, -1 where it computes cond + s (cond - uncond).
+        rescales: whether the pipeline rescales the velocity after guidance.
         guidance_argument: the pipeline's argument for the embedded guidance value, if the architecture may have one.
         conditioning: the transformer's arguments that carry the prompt.
+        patch: latent pixels a side of a token; None where the transformer's config says so (``patch_size``).
         latents: dtype in which the pipeline draws its noise; None for that of the weights.
+        pictures: whether pictures can enter (``Renoised``, ``Pictures``): a rectified flow over latents that are scaled and
+            shifted as a whole.
         sequence_tokenizer: the tokenizer whose ``model_max_length`` is the length of the text stream, if it is variable.
+        classes: whether it draws ImageNet classes; prompts are then class names or numbers.
+        pipeline: class name of the pipeline, where several share a transformer.
         call: further constant arguments of the pipeline.
     """
 
@@ -64,75 +86,224 @@ class Family:
     stacks: tuple[Stack, ...]
     passes: str
     order: tuple[str, ...]
-    cfg_argument: str
+    cfg_argument: str | None
+    cfg_offset: float = 0.0
+    rescales: bool = False
     guidance_argument: str | None = None
     conditioning: tuple[str, ...] = ("encoder_hidden_states", "pooled_projections")
+    patch: int | None = None
     latents: str | None = None
+    pictures: bool = True
     sequence_tokenizer: str | None = None
+    classes: bool = False
+    pipeline: str | None = None
     call: dict[str, Any] = field(default_factory=dict)
 
 
+_IMAGE = {"image": "hidden_states"}
 _BOTH = {"image": "hidden_states", "text": "encoder_hidden_states"}
-_MM_GATES = (
-    Gate("attention", "norm1", 1),
-    Gate("mlp", "norm1", 4),
-    Gate("attention", "norm1_context", 1, "text"),
-    Gate("mlp", "norm1_context", 4, "text"),
+_ONE = {"image": "hidden_states", "text": "hidden_states"}
+_GATES = (Gate("attention", "norm1", 1), Gate("mlp", "norm1", 4))
+_MM_GATES = (*_GATES, Gate("attention", "norm1_context", 1, "text"), Gate("mlp", "norm1_context", 4, "text"))
+_TABLE_GATES = (Gate("attention", index=2), Gate("mlp", index=5))
+_SINGLE_GATE = (Gate("block", "norm", 1),)
+
+
+def _shared(argument: str, stream: str = "image") -> tuple[Gate, Gate]:
+    return (
+        Gate("attention", index=2, stream=stream, parts=6, argument=argument),
+        Gate("mlp", index=5, stream=stream, parts=6, argument=argument),
+    )
+
+
+def _modulated(module: str, stream: str = "image") -> tuple[Gate, Gate]:
+    return Gate("attention", module, 2, stream, parts=6), Gate("mlp", module, 5, stream, parts=6)
+
+
+_FLUX2 = (
+    Stack(
+        "transformer_blocks",
+        "double",
+        ("text", "image"),
+        _BOTH,
+        (*_shared("temb_mod_img"), *_shared("temb_mod_txt", "text")),
+    ),
+    Stack(
+        "single_transformer_blocks",
+        "single",
+        ("text", "image"),
+        _ONE,
+        (Gate("block", index=2, parts=3, argument="temb_mod"),),
+        joined="text first",
+    ),
+)
+_Z_GATES = (
+    Gate("attention", "adaLN_modulation", 1, parts=4, tanh=True),
+    Gate("mlp", "adaLN_modulation", 3, parts=4, tanh=True),
 )
 
-FAMILIES = {
-    family.transformer: family
-    for family in (
-        Family(
-            "FluxTransformer2DModel",
-            (
-                Stack("transformer_blocks", "double", ("text", "image"), _BOTH, _MM_GATES),
-                Stack("single_transformer_blocks", "single", ("text", "image"), _BOTH, (Gate("block", "norm", 1),)),
+FAMILIES = (
+    Family(
+        "FluxTransformer2DModel",
+        (
+            Stack("transformer_blocks", "double", ("text", "image"), _BOTH, _MM_GATES),
+            Stack("single_transformer_blocks", "single", ("text", "image"), _BOTH, _SINGLE_GATE),
+        ),
+        passes="sequential",
+        order=("cond", "uncond"),
+        cfg_argument="true_cfg_scale",
+        guidance_argument="guidance_scale",
+        patch=2,
+        sequence_tokenizer="tokenizer_2",
+    ),
+    Family(
+        "Flux2Transformer2DModel",
+        _FLUX2,
+        passes="sequential",
+        order=("cond", "uncond"),
+        cfg_argument="guidance_scale",
+        conditioning=("encoder_hidden_states",),
+        patch=2,
+        pictures=False,
+        pipeline="Flux2KleinPipeline",
+    ),
+    Family(
+        "Flux2Transformer2DModel",
+        _FLUX2,
+        passes="sequential",
+        order=("cond",),
+        cfg_argument=None,
+        guidance_argument="guidance_scale",
+        conditioning=("encoder_hidden_states",),
+        patch=2,
+        pictures=False,
+        pipeline="Flux2Pipeline",
+    ),
+    Family(
+        "QwenImageTransformer2DModel",
+        (
+            Stack(
+                "transformer_blocks",
+                "double",
+                ("text", "image"),
+                _BOTH,
+                (*_modulated("img_mod"), *_modulated("txt_mod", "text")),
             ),
-            passes="sequential",
-            order=("cond", "uncond"),
-            cfg_argument="true_cfg_scale",
-            guidance_argument="guidance_scale",
-            sequence_tokenizer="tokenizer_2",
         ),
-        Family(
-            "SD3Transformer2DModel",
-            (Stack("transformer_blocks", "joint", ("text", "image"), _BOTH, _MM_GATES),),
-            passes="batched",
-            order=("uncond", "cond"),
-            cfg_argument="guidance_scale",
+        passes="sequential",
+        order=("cond", "uncond"),
+        cfg_argument="true_cfg_scale",
+        rescales=True,
+        guidance_argument="guidance_scale",
+        conditioning=("encoder_hidden_states", "encoder_hidden_states_mask"),
+        patch=2,
+        pictures=False,
+    ),
+    Family(
+        "SD3Transformer2DModel",
+        (Stack("transformer_blocks", "joint", ("text", "image"), _BOTH, _MM_GATES),),
+        passes="batched",
+        order=("uncond", "cond"),
+        cfg_argument="guidance_scale",
+    ),
+    Family(
+        "SanaTransformer2DModel",
+        (Stack("transformer_blocks", "block", ("image",), _IMAGE, _TABLE_GATES),),
+        passes="batched",
+        order=("uncond", "cond"),
+        cfg_argument="guidance_scale",
+        conditioning=("encoder_hidden_states", "encoder_attention_mask"),
+        latents="float32",
+        call={"use_resolution_binning": False},
+    ),
+    Family(
+        "PixArtTransformer2DModel",
+        (Stack("transformer_blocks", "block", ("image",), _IMAGE, _TABLE_GATES),),
+        passes="batched",
+        order=("uncond", "cond"),
+        cfg_argument="guidance_scale",
+        conditioning=("encoder_hidden_states", "encoder_attention_mask"),
+        pictures=False,
+        call={"use_resolution_binning": False, "clean_caption": False},
+    ),
+    Family(
+        "DiTTransformer2DModel",
+        (Stack("transformer_blocks", "block", ("image",), _IMAGE, _GATES),),
+        passes="batched",
+        order=("cond", "uncond"),
+        cfg_argument="guidance_scale",
+        conditioning=(),
+        pictures=False,
+        classes=True,
+    ),
+    Family(
+        "AuraFlowTransformer2DModel",
+        (
+            Stack("joint_transformer_blocks", "joint", ("text", "image"), _BOTH, _MM_GATES),
+            Stack("single_transformer_blocks", "single", ("text", "image"), _ONE, _GATES, joined="text first"),
         ),
-        Family(
-            "SanaTransformer2DModel",
-            (
-                Stack(
-                    "transformer_blocks",
-                    "block",
-                    ("image",),
-                    {"image": "hidden_states"},
-                    (Gate("attention", None, 2), Gate("mlp", None, 5)),
-                ),
+        passes="batched",
+        order=("uncond", "cond"),
+        cfg_argument="guidance_scale",
+        conditioning=("encoder_hidden_states",),
+    ),
+    Family(
+        "ChromaTransformer2DModel",
+        (
+            Stack("transformer_blocks", "double", ("text", "image"), _BOTH, _MM_GATES),
+            Stack("single_transformer_blocks", "single", ("text", "image"), _ONE, _SINGLE_GATE, joined="text first"),
+        ),
+        passes="sequential",
+        order=("cond", "uncond"),
+        cfg_argument="guidance_scale",
+        conditioning=("encoder_hidden_states", "attention_mask"),
+        patch=2,
+    ),
+    Family(
+        "CogView4Transformer2DModel",
+        (
+            Stack(
+                "transformer_blocks",
+                "joint",
+                ("image", "text"),
+                _BOTH,
+                (*_GATES, Gate("attention", "norm1", 6, "text"), Gate("mlp", "norm1", 9, "text")),
             ),
-            passes="batched",
-            order=("uncond", "cond"),
-            cfg_argument="guidance_scale",
-            conditioning=("encoder_hidden_states", "encoder_attention_mask"),
-            latents="float32",
-            call={"use_resolution_binning": False},
         ),
-    )
-}
+        passes="sequential",
+        order=("cond", "uncond"),
+        cfg_argument="guidance_scale",
+        conditioning=("encoder_hidden_states",),
+        pictures=False,
+    ),
+    Family(
+        "ZImageTransformer2DModel",
+        (
+            Stack("noise_refiner", "refiner", ("image",), {"image": "x"}, _Z_GATES, joined="image first"),
+            Stack("layers", "joint", ("image",), {"image": "x"}, _Z_GATES, joined="image first"),
+        ),
+        passes="batched",
+        order=("cond", "uncond"),
+        cfg_argument="guidance_scale",
+        cfg_offset=-1.0,
+        conditioning=(),
+        patch=2,
+        latents="float32",
+    ),
+)
 
 
-def family_of(transformer: object) -> Family:
-    """The row of a transformer.
+def family_of(pipeline: Any) -> Family:
+    """The row of a pipeline.
 
     Raises:
-        ValueError: the architecture has no row yet.
+        ValueError: the pipeline has no transformer, or one of an architecture without a row.
     """
-    name = type(transformer).__name__
-    if name not in FAMILIES:
-        raise ValueError(
-            f"{name} is not a known architecture ({', '.join(FAMILIES)}); add a row for it to malib/families.py."
-        )
-    return FAMILIES[name]
+    if getattr(pipeline, "transformer", None) is None:
+        raise ValueError(f"{type(pipeline).__name__} has no transformer; malib studies diffusion transformers.")
+    name = type(pipeline.transformer).__name__
+    rows = [family for family in FAMILIES if family.transformer == name]
+    if not rows:
+        known = ", ".join(dict.fromkeys(family.transformer for family in FAMILIES))
+        raise ValueError(f"{name} is not a known architecture ({known}); add a row for it to malib/families.py.")
+    return next((family for family in rows if family.pipeline == type(pipeline).__name__), rows[0])

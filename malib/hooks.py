@@ -79,18 +79,31 @@ class Tap(AbstractContextManager):
         samples: number of samples of the pipeline call, by which batched guidance is told from a plain batch.
         listeners: called in the given order, writers before readers.
         groups: how many groups of companions are among the samples, behind the others and as many each.
+        tokens: number of image tokens, by which they are found in a tensor that holds text and image.
+
+    Attributes:
+        step: the denoising step.
+        latents: what the scheduler's last step returned.
 
     Raises:
         RuntimeError: the transformer is compiled or a cache accelerator is on, which would hide or fake block outputs.
     """
 
-    def __init__(self, pipeline: Any, family: Family, samples: int, listeners: Sequence[Listener], groups: int = 0) -> None:
-        self._pipeline, self._family, self._samples = pipeline, family, samples
+    def __init__(
+        self,
+        pipeline: Any,
+        family: Family,
+        samples: int,
+        listeners: Sequence[Listener],
+        groups: int = 0,
+        tokens: int = 0,
+    ) -> None:
+        self._pipeline, self._family, self._samples, self._tokens = pipeline, family, samples, tokens
         self._own = samples // (1 + groups)
         self._listeners = sorted(listeners, key=lambda listener: not listener.writes)
         self._undo = ExitStack()
         self._calls, self._named, self._branches = 0, "", BRANCHES[:1]
-        self.step = 0
+        self.step, self.latents = 0, None
 
     def __enter__(self) -> Tap:
         transformer = self._pipeline.transformer
@@ -133,6 +146,7 @@ class Tap(AbstractContextManager):
         @functools.wraps(original)  # pipelines look at its signature
         def step(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
+            self.latents = result[0]
             self.begin(self.step + 1)
             return result
 
@@ -147,7 +161,7 @@ class Tap(AbstractContextManager):
         return cache_context
 
     def _on_call(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        batch = (args[0] if args else kwargs["hidden_states"]).shape[0]
+        batch = len(args[0] if args else kwargs["hidden_states"])
         order = self._family.order
         if self._family.passes == "batched":
             self._branches = order if batch == len(order) * self._samples else BRANCHES[:1]
@@ -182,6 +196,14 @@ class Tap(AbstractContextManager):
                 else:
                     listener(event, own, {name: companions[number] for name, number in groups.items()})
 
+    def _part(self, x: Tensor, stack: Stack, stream: str) -> Tensor:
+        """The tokens of a stream, as a view where one tensor holds both streams."""
+        if stack.joined is None:
+            return x
+        first = self._tokens if stack.joined == "image first" else x.shape[1] - self._tokens
+        before = (stream == "image") == (stack.joined == "image first")
+        return x[:, :first] if before else x[:, first:]
+
     def _prompt_hook(self, wanted: list[Listener]) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
             changed = dict(kwargs)
@@ -194,14 +216,14 @@ class Tap(AbstractContextManager):
         return hook
 
     def _input_hook(self, block: Block, stream: str, argument: str, wanted: list[Listener]) -> Callable:
-        position = list(block.stack.arguments).index(stream)
+        position = list(dict.fromkeys(block.stack.arguments.values())).index(argument)
         writes = any(listener.writes for listener in wanted)
 
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
             x = kwargs[argument] if argument in kwargs else args[position]
             if writes:
                 x = x.clone()  # the block before, or the pipeline, may still hold the tensor that enters
-            self._send(wanted, x, block.layer, stream, "input")
+            self._send(wanted, self._part(x, block.stack, stream), block.layer, stream, "input")
             if not writes:
                 return None
             if argument in kwargs:
@@ -222,7 +244,7 @@ class Tap(AbstractContextManager):
             shared = writes and entering is not None and _same_storage(x, entering)
             if shared:  # a block that passes its input through: writing in place would reach further than this site
                 x = x.clone()
-            self._send(wanted, x, block.layer, stream, "output")
+            self._send(wanted, self._part(x, block.stack, stream), block.layer, stream, "output")
             if not shared:
                 return None
             return (*output[:index], x, *output[index + 1 :]) if isinstance(output, tuple) else x
@@ -231,20 +253,27 @@ class Tap(AbstractContextManager):
 
     def _tap_gate(self, block: Block, gate: Gate, wanted: list[Listener]) -> Callable[[], None]:
         site = (block.layer, gate.stream, "gate", gate.name)
-        if gate.module is None:
 
-            def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-                timestep = kwargs["timestep"] if "timestep" in kwargs else args[4]
-                table = module.scale_shift_table
-                rows = table[None] + timestep.reshape(len(timestep), *table.shape)
-                self._send(wanted, rows[:, gate.index], *site)
+        def send(x: Tensor) -> None:
+            part = x.flatten(1).chunk(gate.parts, dim=1)[gate.index] if gate.parts else x
+            self._send(wanted, part.tanh() if gate.tanh else part, *site)
 
-            return block.module.register_forward_pre_hook(before, with_kwargs=True).remove
+        def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if gate.argument:
+                send(kwargs[gate.argument])
+                return
+            timestep = kwargs["timestep"] if "timestep" in kwargs else args[4]
+            table = module.scale_shift_table
+            send((table[None] + timestep.reshape(len(timestep), *table.shape))[:, gate.index])
 
         def after(module: nn.Module, args: tuple, output: Any) -> None:
-            if isinstance(output, tuple) and len(output) > gate.index:  # the last SD3 block has no text gates
-                self._send(wanted, output[gate.index], *site)
+            if isinstance(output, Tensor):
+                send(output)
+            elif len(output) > gate.index:  # the last SD3 block has no text gates
+                send(output[gate.index])
 
+        if gate.module is None:
+            return block.module.register_forward_pre_hook(before, with_kwargs=True).remove
         return block.module.get_submodule(gate.module).register_forward_hook(after).remove
 
 

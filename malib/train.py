@@ -7,6 +7,7 @@ standard ``FluxPipeline`` directory. Rectified flow: ``x = (1 - sigma) * x0 + si
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import multiprocessing
@@ -35,6 +36,7 @@ CHECKPOINT_EVERY = 250
 CARD_CAPTIONS = 256
 LOSS_BAND = 0.05
 _TRAINED = ("transformer", "text_encoder", "text_encoder_2")
+_FREE = ("steps", "shift", "decay_share", "focus")
 _HELD_OUT_SEED = 2_000_000_000
 PROBE_SIGMAS = (0.8, 0.5, 0.2)
 
@@ -44,8 +46,8 @@ class Preset:
     """Everything that fixes a training but its seed; ``heads`` * 64 is the width of the transformer.
 
     ``shift`` moves the training's noise levels up, sigma -> shift sigma / (1 + (shift - 1) sigma) (Stable Diffusion 3, eq.
-    23): captions decide about a scene above sigma .7, where a plain logit-normal law puts a fifth of its draws. CLIP
-    layers beyond the first begin as the identity, so that a training with fewer can be revived with more.
+    23): captions decide about a scene above sigma .7, where a plain logit-normal law puts a fifth of its draws.
+    ``focus`` draws that share of the scenes from those of one large subject, where its shape weighs most in the loss.
     """
 
     name: str
@@ -59,7 +61,7 @@ class Preset:
     decay_share: float = 0.3
     ema: float = 0.998
     shift: float = 3.0
-    clip_layers: int = 2
+    focus: float = 0.0
     empty_captions: float = 0.1
     scenes: int = 40_000
     vae_channels: tuple[int, int] = (32, 64)
@@ -110,16 +112,12 @@ def build_pipeline(preset: Preset, seed: int = 0) -> FluxPipeline:
             hidden_size=64,
             intermediate_size=256,
             projection_dim=64,
-            num_hidden_layers=preset.clip_layers,
+            num_hidden_layers=1,
             num_attention_heads=2,
             max_position_embeddings=TEXT_LENGTH,
             **special,
         )
     )
-    for layer in text_encoder.encoder.layers[1:]:
-        for projection in (layer.self_attn.out_proj, layer.mlp.fc2):
-            nn.init.zeros_(projection.weight)
-            nn.init.zeros_(projection.bias)
     text_encoder_2 = T5EncoderModel(
         T5Config(
             vocab_size=vocabulary,
@@ -186,33 +184,31 @@ def train(preset: Preset, seed: int, out: Path, device: str = "cpu", compiled: b
 
 
 def _plans(preset: Preset, seed: int, out: Path) -> list[dict[str, float]]:
-    """The plans that a training has had so far: "from" step, "steps" in all, "shift", "decay_share" and "clip_layers".
+    """The plans that a training has had so far: "from" which step, and what of a preset may change on the way.
 
     Raises:
         ValueError: the folder holds another training, or one that has gone further than this one is to go.
     """
-    free = ("steps", "shift", "decay_share")
-    plan = {"from": 0, **{k: getattr(preset, k) for k in (*free, "clip_layers")}}
+    plan = {"from": 0, **{name: getattr(preset, name) for name in _FREE}}
     if not (out / "preset.json").exists():
         return [plan]
     stored = json.loads((out / "preset.json").read_text())
     wanted = json.loads(json.dumps({**asdict(preset), "seed": seed}))
     plans, log = stored.pop("plans"), out / "log.jsonl"
     done = json.loads(log.read_text().splitlines()[-1])["step"] if log.exists() else 0
-    if preset.steps < done or any(v != stored.get(k) for k, v in wanted.items() if k not in free):
+    if preset.steps < done or any(wanted[k] != v for k, v in stored.items() if k not in _FREE):
         raise ValueError(
             f"{out} holds another training ({done} of {stored['steps']} steps of {stored['name']}, seed {stored['seed']}); "
             "go on with the same settings and at least as many steps, or give another folder with --out."
         )
-    same = all(plans[-1].get(k) == v for k, v in plan.items() if k != "from")
+    same = all(plans[-1].get(k) == plan[k] for k in _FREE)
     return plans if same else [*plans, {**plan, "from": done}]
 
 
 def revive(data: Path, preset: Preset, seed: int, out: Path) -> None:
     """Make a working folder again from an installed training, so that it can go on where its own folder is gone.
 
-    The weights are the installed ones (the mean, in bf16), CLIP layers that the preset has beyond them new; the optimizer
-    starts afresh, with a warm-up.
+    The weights are the installed ones (the mean, in bf16); the optimizer starts afresh, with a warm-up.
 
     Args:
         data: a folder that ``install`` has filled.
@@ -223,7 +219,6 @@ def revive(data: Path, preset: Preset, seed: int, out: Path) -> None:
     Raises:
         FileNotFoundError: ``data`` holds no such training.
         FileExistsError: ``out`` holds a training already.
-        ValueError: the preset has fewer CLIP layers than the installed model.
     """
     from diffusers import FluxPipeline
 
@@ -243,14 +238,10 @@ def revive(data: Path, preset: Preset, seed: int, out: Path) -> None:
     (out / "vae_log.json").write_text(json.dumps(about.pop("vae")))
     rows = about.pop("flow")
     (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    installed = FluxPipeline.from_pretrained(model)
-    if (had := installed.text_encoder.config.num_hidden_layers) > preset.clip_layers:
-        raise ValueError(f"{model} has {had} CLIP layers, the preset {preset.clip_layers}; give it at least as many.")
-    weights = _weights(build_pipeline(preset, seed)) | _weights(installed)
-    weights = {name: tensor.detach().float() for name, tensor in weights.items()}
+    pipeline = FluxPipeline.from_pretrained(model)
+    weights = {name: tensor.detach().float() for name, tensor in _weights(pipeline).items()}
     state = {"weights": weights, "ema": weights, "optimizer": None, "step": rows[-1]["step"], "seconds": rows[-1]["seconds"]}
     torch.save({**state, "warm_from": rows[-1]["step"]}, out / "checkpoint.pt")
-    about["clip_layers"] = preset.clip_layers
     (out / "preset.json").write_text(json.dumps(about, indent=1))
 
 
@@ -349,7 +340,7 @@ def _card(pipeline: FluxPipeline, preset: Preset, seed: int, out: Path) -> str:
     plans = json.loads((out / "preset.json").read_text())["plans"]
     planned = "; ".join(
         f"from step {p['from']} planned for {p['steps']}, noise shift {p['shift']:g}, decay {p['decay_share']:.0%}, "
-        f"{p.get('clip_layers', 1)} CLIP layers"
+        f"focus {p.get('focus', 0):.0%}"
         for p in plans
     )
     command = f"python -m malib.train --preset {preset.name} --seed {seed} --steps {preset.steps}"
@@ -426,7 +417,7 @@ def probe(pipeline: FluxPipeline, snapshots: Path, samples: int = 16) -> xr.Data
     device = str(pipeline.transformer.device)
     clean, captions, _, noise = _held_out_batch(pipeline.vae, device, samples)
     text_ids, image_ids = position_ids(device)
-    family = family_of(pipeline.transformer)
+    family = family_of(pipeline)
     blocks = tuple(blocks_of(pipeline.transformer, family))
     before, found = {k: v.clone() for k, v in _weights(pipeline).items()}, {}
     for path in sorted(snapshots.glob("*.safetensors")):
@@ -535,6 +526,13 @@ def _tokenizer(bos: bool) -> PreTrainedTokenizerFast:
 
 def _training_scene(seed: int, index: int) -> scenes.Scene:
     return scenes.sample_scene(seed * 10_000_000 + index)
+
+
+@functools.cache
+def _large_singles(seed: int, count: int) -> np.ndarray:
+    """Indices of the training scenes of one large subject."""
+    found = [_training_scene(seed, i).subjects for i in range(count)]
+    return np.array([i for i, subjects in enumerate(found) if [s.size for s in subjects] == ["large"]])
 
 
 def _pixels(job: tuple[int, int]) -> np.ndarray:
@@ -700,6 +698,10 @@ def _draw(latents: Tensor, preset: Preset, seed: int, step: int, device: str) ->
     """Clean latents, captions, sigmas (logit-normal, shifted) and noise of one step; depends on (seed, step) alone."""
     rng = np.random.default_rng([seed, step])
     indices = rng.integers(len(latents), size=preset.batch)
+    if preset.focus:
+        again = np.random.default_rng([seed, step, 1])
+        focused = again.random(preset.batch) < preset.focus
+        indices[focused] = again.choice(_large_singles(seed, len(latents)), focused.sum())
     captions = [
         "" if rng.random() < preset.empty_captions else scenes.paraphrase(_training_scene(seed, int(i)), rng)
         for i in indices
