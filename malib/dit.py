@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import logging
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import yaml
 
 from . import scenes
 from .cache import Store, describe, key_of
@@ -38,46 +40,111 @@ def data_folder() -> Path:
     return inside if inside.exists() else Path(__file__).parent.parent / "data"
 
 
+@functools.cache
+def _known_models() -> dict[str, dict[str, Any]]:
+    return yaml.safe_load((data_folder() / "models.yaml").read_text())
+
+
+def preset_of(model: str | Path) -> dict[str, Any]:
+    """The settings of a known checkpoint (data/models.yaml): its ``id``, and size, steps, cfg, guidance, k where known.
+
+    Args:
+        model: a short name such as "flux-dev", or a hub id; of anything else nothing is known: {}.
+    """
+    for name, row in _known_models().items():
+        if str(model) in (name, row["id"]):
+            return {key: value["value"] if key != "id" else value for key, value in row.items()}
+    return {}
+
+
 def load(
-    model: str | Path = BUNDLED,
+    model: str | Path | Any = BUNDLED,
     *,
     device: str | None = None,
     dtype: str | None = None,
+    revision: str | None = None,
+    device_map: str | None = None,
+    offload: str | None = None,
+    quantize: str | None = None,
     cache: Store | bool = True,
     batch_size: int = 8,
 ) -> DiT:
-    """Open a diffusion transformer.
+    """Open a diffusion transformer. Only safetensors are read, and no code from the hub is run.
 
     Args:
-        model: "mini-flux" (bundled), a folder in diffusers format, or a hub id such as "black-forest-labs/FLUX.1-dev".
+        model: "mini-flux" (bundled), a short name of data/models.yaml such as "flux-dev", a hub id such as
+            "black-forest-labs/FLUX.1-dev", a folder in diffusers format, or a diffusers pipeline that is open already.
         device: "cpu", "cuda", "mps"; None takes a GPU when there is one.
         dtype: "float32", "bfloat16" or "float16"; None means float32 on the CPU and bfloat16 on a GPU.
+        revision: a branch, tag or commit of the hub.
+        device_map: "balanced" spreads the parts over several GPUs; "cuda" loads straight onto one.
+        offload: "model" keeps on the GPU only the part that is at work, "sequential" only the layer; both need a GPU.
+        quantize: "8bit" or "4bit" quantises the transformer (bitsandbytes, on a GPU).
         cache: True for the store in ``$MALIB_CACHE`` (or ~/.cache/malib/generations), False for none, or a ``Store``.
         batch_size: how many samples travel through the model at once.
 
     Raises:
         FileNotFoundError: the model is neither bundled, nor a folder, nor to be had from the hub.
-        ValueError: its architecture is not in ``malib.families``.
+        PermissionError: the model is gated, and no token with an accepted licence was found.
+        ValueError: its architecture is not in ``malib.families``, or an argument is not one of the above.
     """
     import torch
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = torch.cuda.is_available()
+    device = device or ("cuda" if gpu else "cpu")
     dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype '{dtype}' is unknown; use float32, bfloat16 or float16.")
-    source = data_folder() / BUNDLED if str(model) == BUNDLED else model
+    for name, value, allowed in (
+        ("dtype", dtype, ("float32", "bfloat16", "float16")),
+        ("offload", offload, (None, "model", "sequential")),
+        ("quantize", quantize, (None, "8bit", "4bit")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} '{value}' is unknown; use {', '.join(a for a in allowed if a)}.")
+    if (offload or quantize) and not gpu:
+        raise ValueError(f"{'offload' if offload else 'quantize'} needs a GPU and there is none; leave it away.")
+    settings = {"cache": cache, "batch_size": batch_size}
+    if hasattr(model, "components"):
+        return DiT(model, **settings)
+    known = preset_of(model)
+    source = data_folder() / BUNDLED if str(model) == BUNDLED else known.get("id", model)
+    asked = {"revision": revision, "device_map": device_map}
+    if quantize:
+        asked["quantization_config"] = _quantization(quantize, getattr(torch, dtype))
+    pipeline = _opened(source, dtype=getattr(torch, dtype), **{k: v for k, v in asked.items() if v})
+    dit = DiT(pipeline if offload or device_map else pipeline.to(device), name=str(source if known else model), **settings)
+    if offload:
+        dit.offload(offload)
+    return dit
+
+
+def _opened(source: str | Path, **asked: Any) -> Any:
+    """The pipeline of a folder or hub id; every way to fail is one sentence."""
+    from huggingface_hub.errors import GatedRepoError
+
     try:
         with _quiet_loading():
             from diffusers import DiffusionPipeline
 
-            pipeline = DiffusionPipeline.from_pretrained(source, dtype=getattr(torch, dtype))
+            return DiffusionPipeline.from_pretrained(source, use_safetensors=True, **asked)
+    except GatedRepoError as error:
+        raise PermissionError(
+            f"'{source}' is gated: accept its licence on its page on the hub, then run `hf auth login` with your token."
+        ) from error
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"'{model}' could not be opened: it is neither '{BUNDLED}' nor a diffusers folder, and the hub did not give it; "
-            "check the name, the network, and for a gated model accept its licence and run `hf auth login` "
+            f"'{source}' could not be opened: it is neither '{BUNDLED}', nor a short name ({', '.join(_known_models())}), "
+            "nor a diffusers folder with safetensors, and the hub did not give it; check the name and the network "
             f"({str(error).strip().splitlines()[0][:200]})."
         ) from error
-    return DiT(pipeline.to(device), name=str(model), cache=cache, batch_size=batch_size)
+
+
+def _quantization(kind: str, dtype: torch.dtype) -> Any:
+    from diffusers import PipelineQuantizationConfig
+
+    settings = {"4bit": {"load_in_4bit": True, "bnb_4bit_compute_dtype": dtype}, "8bit": {"load_in_8bit": True}}[kind]
+    return PipelineQuantizationConfig(
+        quant_backend=f"bitsandbytes_{kind}", quant_kwargs=settings, components_to_quantize=["transformer"]
+    )
 
 
 class DiT:
@@ -86,6 +153,7 @@ class DiT:
     Attributes:
         pipeline: the diffusers pipeline, unchanged.
         family: its row in ``malib.families``.
+        preset: what data/models.yaml knows of it; {} for a model that is not listed.
         blocks: its transformer blocks in execution order.
     """
 
@@ -96,9 +164,11 @@ class DiT:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
         self.family: Family = family_of(pipeline)
         self.pipeline, self.name, self.batch_size = pipeline, name or type(pipeline).__name__, batch_size
+        self.preset = preset_of(self.name)
         self.blocks = tuple(blocks_of(pipeline.transformer, self.family))
         self.store = Store() if cache is True else (cache or None)
         self._fingerprint: tuple[tuple, str] | None = None
+        self._pinned = False
         for part in pipeline.components.values():
             if hasattr(part, "eval"):
                 part.eval()  # a freshly built encoder may still drop out, and no two runs would agree
@@ -113,8 +183,8 @@ class DiT:
 
     @property
     def device(self) -> str:
-        """Where the transformer is."""
-        return str(self.pipeline.transformer.device)
+        """Where the transformer computes."""
+        return str(self.pipeline._execution_device)
 
     @property
     def dtype(self) -> str:
@@ -130,6 +200,8 @@ class DiT:
     @property
     def size(self) -> int:
         """The side in pixels for which the model was made."""
+        if "size" in self.preset:
+            return self.preset["size"]
         transformer, vae = self.pipeline.transformer.config, self.pipeline.vae.config
         latent = transformer.get("sample_size") or getattr(self.pipeline, "default_sample_size", None)
         return latent * self._scale if transformer.get("sample_size") else vae.get("sample_size") or latent * self._scale
@@ -160,7 +232,9 @@ class DiT:
 
     @property
     def default_cfg(self) -> float:
-        """The true guidance scale of a call that names none: 3, or 1 for a model that is distilled."""
+        """The true guidance scale of a call that names none: the preset's; else 3, or 1 for a model that is distilled."""
+        if "cfg" in self.preset:
+            return self.preset["cfg"]
         return 1.0 if self._takes_guidance() or not self._takes_cfg() else 3.0
 
     @property
@@ -193,7 +267,7 @@ class DiT:
         """
         parts = [(n, m) for n, m in sorted(self.pipeline.components.items()) if hasattr(m, "named_parameters")]
         tensors = [(f"{n}.{k}", t) for n, m in parts for k, t in (*m.named_parameters(), *m.named_buffers())]
-        state = tuple((id(t), t.data_ptr(), t._version) for _, t in tensors)
+        state = () if self._pinned else tuple((id(t), t.data_ptr(), t._version) for _, t in tensors)
         if self._fingerprint is None or self._fingerprint[0] != state:
             digest = hashlib.sha256()
             sums = [(name, tuple(t.shape), str(t.dtype), *_checksum(t)) for name, t in tensors]
@@ -201,6 +275,19 @@ class DiT:
             self._fingerprint = state, digest.hexdigest()
         settings = [(n, _settings(c)) for n, c in sorted(self.pipeline.components.items())]
         return hashlib.sha256(repr((type(self.pipeline).__name__, settings, self._fingerprint[1])).encode()).hexdigest()
+
+    def offload(self, kind: str) -> None:
+        """Keep only what is at work on the GPU; from then on weights changed in place go unseen by the fingerprint.
+
+        Args:
+            kind: "model" (part by part) or "sequential" (layer by layer: least memory, slowest).
+        """
+        _ = self.fingerprint  # the weights must be seen before accelerate hides them
+        self._fingerprint, self._pinned = ((), self._fingerprint[1]), True
+        if kind == "model":
+            self.pipeline.enable_model_cpu_offload()
+        else:
+            self.pipeline.enable_sequential_cpu_offload()
 
     def generate(
         self,
@@ -222,9 +309,10 @@ class DiT:
             seeds: ``s`` gives sample i the seed s + i; a list gives each its own. An image depends on its prompt, seed and
                 edits, not on its place in the batch.
             steps: denoising steps.
-            cfg: true classifier-free guidance scale; 1 means none, and then there is no "uncond" branch. None means 3, or 1
-                for a model with embedded guidance.
-            guidance: the embedded guidance value of distilled models (FLUX.1-dev: 3.5); None for the pipeline's default.
+            cfg: true classifier-free guidance scale; 1 means none, and then there is no "uncond" branch. None means
+                ``default_cfg``.
+            guidance: the embedded guidance value of distilled models; None for the preset's (FLUX.1-dev: 3.5) or the
+                pipeline's.
             record: records such as ``ChannelStats()``; they read what the next block receives, that is after the edits.
             edits: edits such as ``Disrupt(TopK(8))``, applied in order.
             size: (height, width) in pixels; None for the model's own size, or that of the pictures of ``start``.
@@ -235,6 +323,8 @@ class DiT:
             ValueError: no or empty prompts, unequal numbers of prompts and seeds, a layer, step or channel out of range.
             RuntimeError: the transformer is compiled or uses a cache accelerator.
         """
+        import torch
+
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         _check_prompts(prompts)
         seeds = [seeds + i for i in range(len(prompts))] if isinstance(seeds, int) else [int(s) for s in seeds]
@@ -244,6 +334,8 @@ class DiT:
             raise ValueError(f"steps is {steps}; it must be at least 1.")
         cfg = self.default_cfg if cfg is None else cfg
         record, edits = _as_windows(record, "record"), _as_windows(edits, "edits")
+        if guidance is None and self._takes_guidance():
+            guidance = self.preset.get("guidance")
         if cfg > 1 and not self._takes_cfg():
             raise ValueError(f"{self.name} is distilled and has no true guidance; leave cfg=None and set guidance instead.")
         if guidance is not None and not self._takes_guidance():
@@ -288,9 +380,14 @@ class DiT:
                     batch = self._batch(
                         part, prompts, seeds, groups, listeners, steps, cfg, guidance, (height, width), begin
                     )
-            except BaseException:
+            except BaseException as error:
                 for listener in listeners:
                     listener.discard()
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise MemoryError(
+                        f"{at_once * (1 + len(groups))} samples of {width} x {height} do not fit on {self.device}; use a "
+                        "smaller batch_size or size, fewer records, or load(..., offload='model') or quantize='4bit'."
+                    ) from error
                 raise
             images.append(batch[0])
             latents.append(batch[1])
@@ -527,7 +624,7 @@ class DiT:
 
         generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]
         dtype = getattr(torch, self.family.latents or self.dtype)
-        return randn_tensor(shape, generator=generators, device=self.pipeline.transformer.device, dtype=dtype)
+        return randn_tensor(shape, generator=generators, device=self.pipeline._execution_device, dtype=dtype)
 
     def _pack(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) as the pipeline holds them."""

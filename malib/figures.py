@@ -178,7 +178,7 @@ def _names(notebook: Notebook) -> list[str]:
 
 
 def parameters_for(notebook: Notebook, tier: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The notebook's parameters for a tier, with those given on the command line.
+    """The notebook's parameters: those of the tier, then the preset of a known model, then those given.
 
     Raises:
         RunError: a parameter that the notebook does not have (papermill itself would only log it).
@@ -187,7 +187,10 @@ def parameters_for(notebook: Notebook, tier: str, given: dict[str, Any]) -> dict
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
     known = papermill.inspect_notebook(str(notebook_folder() / f"{notebook.name}.ipynb"))
-    wanted = {**notebook.tiers[tier], **given}
+    from .dit import preset_of
+
+    preset = {name: value for name, value in preset_of(given.get("model", "")).items() if name in known}
+    wanted = {**notebook.tiers[tier], **preset, **given}
     for name in wanted:
         if name not in known:
             raise RunError(f"'{name}' is not a parameter of {notebook.name}; it has {', '.join(known)}.")
@@ -195,19 +198,20 @@ def parameters_for(notebook: Notebook, tier: str, given: dict[str, Any]) -> dict
 
 
 def check_model(model: str) -> None:
-    """Refuse a model that is neither bundled, nor a folder, nor of the form of a hub id.
+    """Refuse a model that is neither bundled, nor a short name, nor a folder, nor of the form of a hub id.
 
     Raises:
         RunError: with the mend.
     """
-    from .dit import BUNDLED
+    from .dit import BUNDLED, preset_of
 
     path = Path(model)
-    if model == BUNDLED or (path / "model_index.json").is_file():
+    if model == BUNDLED or preset_of(model) or (path / "model_index.json").is_file():
         return
     if path.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise RunError(
-            f"'{model}' is no model: give '{BUNDLED}', a folder with a model_index.json, or a hub id like owner/name."
+            f"'{model}' is no model: give '{BUNDLED}', a short name of data/models.yaml, a folder with a model_index.json, "
+            "or a hub id like owner/name."
         )
 
 
