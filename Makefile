@@ -4,6 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PRESET ?= mini
+MODEL ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -20,8 +21,8 @@ $(STAMP): pyproject.toml constraints.txt
 
 install: $(STAMP) ## make .venv with the tested versions
 
-figures: $(STAMP) ## run the notebooks on mini-flux and fill figures/preview (ARGS="--tier full" for figures/paper)
-	$(RUN) -m malib.figures $(ARGS)
+figures: $(STAMP) ## run the notebooks on mini-flux (or MODEL=flux-dev) and fill figures/preview (ARGS="--tier full": figures/paper)
+	$(RUN) -m malib.figures $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 test: $(STAMP) ## all tests
 	$(RUN) -m pytest $(ARGS)

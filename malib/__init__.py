@@ -8,6 +8,7 @@ from .channels import BottomK, Channels, EnergyMatched, RandomK, TopK
 from .dit import DiT, load
 from .edits import Disrupt, Interpolate, Pictures, Transport
 from .generation import Comparison, Generation, Renoised
+from .guidance import DetailGuidance, SkipLayerGuidance
 from .records import ChannelStats, Clusters, Gates, HiddenStates
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Channels",
     "Clusters",
     "Comparison",
+    "DetailGuidance",
     "DiT",
     "Disrupt",
     "EnergyMatched",
@@ -26,6 +28,7 @@ __all__ = [
     "Pictures",
     "RandomK",
     "Renoised",
+    "SkipLayerGuidance",
     "Store",
     "TopK",
     "Transport",

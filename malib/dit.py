@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     import torch
     import xarray as xr
 
-    from .edits import Interpolate, Transport
 
 log = logging.getLogger("malib")
 BUNDLED = "mini-flux"
@@ -164,7 +163,7 @@ class DiT:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
         self.family: Family = family_of(pipeline)
         self.pipeline, self.name, self.batch_size = pipeline, name or type(pipeline).__name__, batch_size
-        self.preset = preset_of(self.name)
+        self.preset = preset_of(self.name) if "/" in self.name else {}  # load resolves short names to hub ids
         self.blocks = tuple(blocks_of(pipeline.transformer, self.family))
         self.store = Store() if cache is True else (cache or None)
         self._fingerprint: tuple[tuple, str] | None = None
@@ -299,6 +298,7 @@ class DiT:
         guidance: float | None = None,
         record: Sequence[Any] = (),
         edits: Sequence[Any] = (),
+        guide: Any = None,
         size: tuple[int, int] | None = None,
         start: Renoised | None = None,
     ) -> Generation:
@@ -315,6 +315,7 @@ class DiT:
                 pipeline's.
             record: records such as ``ChannelStats()``; they read what the next block receives, that is after the edits.
             edits: edits such as ``Disrupt(TopK(8))``, applied in order.
+            guide: ``DetailGuidance`` or ``SkipLayerGuidance``; not together with edits.
             size: (height, width) in pixels; None for the model's own size, or that of the pictures of ``start``.
             start: begin with these pictures, one a prompt, at some noise level; None begins with noise. For models of
                 rectified flow (FLUX, SD3, Sana).
@@ -334,6 +335,12 @@ class DiT:
             raise ValueError(f"steps is {steps}; it must be at least 1.")
         cfg = self.default_cfg if cfg is None else cfg
         record, edits = _as_windows(record, "record"), _as_windows(edits, "edits")
+        if guide is not None and "degraded" not in getattr(guide, "companions", ()):
+            raise TypeError(f"guide was given {guide!r}; give a DetailGuidance or a SkipLayerGuidance.")
+        if guide is not None and guide.w:
+            if edits:
+                raise ValueError("guide and edits were given; the degraded model has no edits, so give one of the two.")
+            edits = [guide]
         if guidance is None and self._takes_guidance():
             guidance = self.preset.get("guidance")
         if cfg > 1 and not self._takes_cfg():
@@ -362,7 +369,7 @@ class DiT:
             "size": [height, width],
             "start": start,
         }
-        run = Run(len(prompts), steps, self.blocks, (height, width))
+        run = Run(len(prompts), steps, self.blocks, (height, width), float(cfg))
         listeners = [item.start(run) for item in (*edits, *record)]
         groups = self._groups(edits, listeners, (height, width))
         context = {"weights": self.fingerprint, "device": self.device.split(":")[0], "dtype": self.dtype}
@@ -499,9 +506,9 @@ class DiT:
         finally:
             self.pipeline.scheduler = own
 
-    def _groups(self, edits: list[Any], listeners: list[Any], size: tuple[int, int]) -> list[Transport | Interpolate | None]:
-        """The groups of companions: an edit for its source, None for the undisturbed targets; tells the listeners theirs."""
-        groups: list[Transport | Interpolate | None] = []
+    def _groups(self, edits: list[Any], listeners: list[Any], size: tuple[int, int]) -> list[Any]:
+        """The groups of companions: the edit whose they are, None for undisturbed targets; tells the listeners theirs."""
+        groups: list[Any] = []
         for edit, listener in zip(edits, listeners, strict=False):
             source = getattr(edit, "source", None)
             if isinstance(source, Pictures) and source.images.shape[1:3] != size:
@@ -514,7 +521,7 @@ class DiT:
             if edit.point == "prompt" and not self.family.conditioning:
                 raise ValueError(f"{self.name} takes its prompts in a form that {type(edit).__name__} cannot mix.")
             for name in getattr(edit, "companions", ()):
-                if name == "source":
+                if name in ("source", "degraded"):
                     groups.append(edit)
                     listener.groups[name] = len(groups) - 1
                 else:
@@ -528,7 +535,7 @@ class DiT:
         part: slice,
         prompts: list[str],
         seeds: list[int],
-        groups: list[Transport | Interpolate | None],
+        groups: list[Any],
         listeners: list[Any],
         steps: int,
         cfg: float,
@@ -540,7 +547,7 @@ class DiT:
         own, everyone, all_seeds = len(prompts[part]), prompts[part], seeds[part]
         routes: list[tuple[slice, Callable[[float], torch.Tensor]]] = []
         for edit in groups:
-            if edit is None:  # the undisturbed targets
+            if edit is None or "degraded" in edit.companions:  # the targets once more
                 everyone, all_seeds = everyone + prompts[part], all_seeds + seeds[part]
                 continue
             asked, noise = _rows(edit.prompts, part, own), _rows(edit.seeds, part, own) if edit.seeds else seeds[part]

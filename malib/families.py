@@ -45,8 +45,8 @@ class Stack:
         returns: the streams in the order in which a block returns them; a block may return None for a stream.
         arguments: for each stream that enters the block, its parameter name, in the order of the parameters.
         gates: the AdaLN gates of a block.
-        joined: how a block's one tensor holds both streams: "text first" or "image first" (padding may follow the image);
-            None where each stream has a tensor of its own.
+        joined: how a block's one tensor holds both streams: "text first" or "image first" (what pads the image then counts
+            as text); None where each stream has a tensor of its own.
     """
 
     attribute: str
@@ -280,7 +280,7 @@ FAMILIES = (
         "ZImageTransformer2DModel",
         (
             Stack("noise_refiner", "refiner", ("image",), {"image": "x"}, _Z_GATES, joined="image first"),
-            Stack("layers", "joint", ("image",), {"image": "x"}, _Z_GATES, joined="image first"),
+            Stack("layers", "joint", ("image", "text"), {"image": "x", "text": "x"}, _Z_GATES, joined="image first"),
         ),
         passes="batched",
         order=("cond", "uncond"),

@@ -34,7 +34,8 @@ class Event:
     """Where a tensor was seen.
 
     ``gate`` names the AdaLN gate when ``point`` is "gate". At the point "prompt" the tensors are what carries the prompt
-    into the transformer, before any block: ``layer`` is -1 then, and ``gate`` the name of the argument.
+    into the transformer, before any block: ``layer`` is -1 then, and ``gate`` the name of the argument. At the point
+    "velocity" they are what the transformer predicts, and ``layer`` is -1, too.
     """
 
     step: int
@@ -116,6 +117,8 @@ class Tap(AbstractContextManager):
             if wanted := self._wanting(-1, "text", "prompt"):
                 hook = self._prompt_hook(wanted)
                 undo.callback(transformer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            if wanted := self._wanting(-1, "image", "velocity"):
+                undo.callback(transformer.register_forward_hook(self._velocity_hook(wanted)).remove)
             for block in blocks_of(transformer, self._family):
                 self._tap_block(undo, block)
             self._undo = undo.pop_all()
@@ -212,6 +215,18 @@ class Tap(AbstractContextManager):
                     changed[name] = x.clone()  # the pipeline holds on to it for the steps to come
                     self._send(wanted, changed[name], -1, "text", "prompt", name)
             return args, changed
+
+        return hook
+
+    def _velocity_hook(self, wanted: list[Listener]) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+            x = output[0]
+            if isinstance(x, Tensor):
+                self._send(wanted, x, -1, "image", "velocity")
+                return None
+            stacked = torch.stack(x)  # Z-Image gives a list of samples
+            self._send(wanted, stacked, -1, "image", "velocity")
+            return (list(stacked.unbind()), *output[1:])
 
         return hook
 

@@ -76,12 +76,13 @@ class Window:
 
 @dataclass(frozen=True)
 class Run:
-    """What a record or an edit needs to know of the run; ``size`` is the pictures' (height, width)."""
+    """What a record or an edit needs to know: ``size`` is the pictures' (height, width), ``cfg`` the true guidance scale."""
 
     samples: int
     steps: int
     blocks: tuple[Block, ...]
     size: tuple[int, int] = (1, 1)
+    cfg: float = 1.0
 
 
 def name_of(record: object) -> str:

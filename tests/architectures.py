@@ -257,7 +257,7 @@ def dit_xl() -> DiTPipeline:
     transformer = DiTTransformer2DModel(
         num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=3, sample_size=SIZE // 2
     )
-    return DiTPipeline(transformer, _vae(), DDIMScheduler(), dict(enumerate(LABELS)))
+    return DiTPipeline(transformer, _vae(), DDIMScheduler(clip_sample=False), dict(enumerate(LABELS)))
 
 
 def auraflow() -> AuraFlowPipeline:
@@ -444,7 +444,7 @@ KNOWN = {
         COND_FIRST,
         {"refiner": _start, "joint": _start},
         dict.fromkeys(("refiner", "joint"), (("attention", "attention_norm2", _start), ("mlp", "ffn_norm2", _start))),
-        0,
+        3,
     ),
 }
 

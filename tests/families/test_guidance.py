@@ -1,0 +1,128 @@
+"""Detail Guidance and skip-layer guidance, on every architecture."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from malib import Channels, ChannelStats, DetailGuidance, Disrupt, DiT, HiddenStates, RandomK, SkipLayerGuidance, TopK
+
+from .. import architectures
+from .test_contract import PROMPTS
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_one_step_moves_by_w_times_what_the_disruption_moves(any_dit: DiT, cfg: float) -> None:
+    """A first-order solver's step is linear in the velocity, so the formula can be read off the latents of one step."""
+    w, rule, m = 1.5, TopK(3), 1
+    plain, guided = (
+        any_dit.generate(PROMPTS, steps=1, cfg=cfg, guide=guide).latents for guide in (None, DetailGuidance(w, m, rule))
+    )
+    own, degraded = (
+        any_dit.generate(PROMPTS, steps=1, cfg=1.0, edits=edits).latents for edits in ([], [Disrupt(rule, layers=m)])
+    )
+    if any_dit.family.rescales and cfg > 1:
+        assert not np.allclose(guided, plain, atol=1e-3)
+        return
+    np.testing.assert_allclose(guided, plain + w * (own - degraded), rtol=2e-3, atol=2e-3 * np.abs(own - degraded).max())
+    assert np.abs(own - degraded).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_many_steps_equal_a_loop_written_by_hand(name: str) -> None:
+    w, s, m, steps, ids = 0.7, 3.0, 1, 4, [1, 4, 9]
+    dit = DiT(architectures.build(name), name=name)
+    found = dit.generate(PROMPTS, steps=steps, cfg=s, guide=DetailGuidance(w, m, Channels(tuple(ids)))).latents
+    pipeline, model = dit.pipeline, dit.pipeline.transformer
+    forward = model.forward
+
+    def zeroed(module, args, output):
+        output[1][..., ids] = 0
+
+    def combined(*args, **kwargs):
+        """In the place of the transformer: its outputs with the term of the paper added, by three plain calls."""
+        output = forward(*args, **kwargs)
+        handle = dit.blocks[m].module.register_forward_hook(zeroed)
+        degraded = forward(*args, **kwargs)[0]
+        handle.remove()
+        x, half = output[0], len(output[0]) // 2
+        cond = slice(half, None) if name == "sd3" else slice(None)
+        if name == "sd3" or called["count"] % 2 == 0:
+            x[cond] += w / s * (x[cond] - degraded[cond])
+        called["count"] += 1
+        return output
+
+    def keep(pipeline, index, timestep, tensors):
+        last.update(tensors)
+        return {}
+
+    called, last = {"count": 0}, {}
+    model.forward = combined
+    pipeline(**dit.arguments(PROMPTS, [0, 1], steps, s), callback_on_step_end=keep)
+    del model.forward
+    np.testing.assert_allclose(found, last["latents"], rtol=1e-4, atol=1e-4)
+
+
+def test_no_weight_is_plain_generation_bit_for_bit(any_dit: DiT) -> None:
+    plain = any_dit.generate(PROMPTS, steps=2).latents
+    for guide in (DetailGuidance(0.0, 1), SkipLayerGuidance(0.0, 1)):
+        assert np.array_equal(any_dit.generate(PROMPTS, steps=2, guide=guide).latents, plain)
+
+
+def test_a_skipped_layer_is_the_model_without_it(any_dit: DiT) -> None:
+    """D_m by hand: the block returns what it was given, in both streams."""
+    known, m, w = architectures.KNOWN[any_dit.name], 1, 1.0
+    block = any_dit.blocks[m]
+    guided = any_dit.generate(PROMPTS, steps=1, cfg=1.0, guide=SkipLayerGuidance(w, m)).latents
+    own = any_dit.generate(PROMPTS, steps=1, cfg=1.0).latents
+
+    def passed(module, args, kwargs, output):
+        entering = {name: kwargs.get(name) for name in block.stack.arguments.values()}
+        for name, x in zip(dict.fromkeys(block.stack.arguments.values()), args, strict=False):
+            entering[name] = x
+        image = entering[block.stack.arguments["image"]]
+        if not isinstance(output, tuple):
+            return image
+        text = entering["encoder_hidden_states"]
+        return (image, text) if known.image[block.name.split()[0]](output) is output[0] else (text, image)
+
+    handle = block.module.register_forward_hook(passed, with_kwargs=True)
+    without = any_dit.generate(PROMPTS, steps=1, cfg=1.0).latents
+    handle.remove()
+    np.testing.assert_allclose(guided, own + w * (own - without), rtol=2e-3, atol=2e-3 * np.abs(own - without).max())
+
+
+def test_the_selection_is_recorded_and_readers_see_the_guided_alone(any_dit: DiT) -> None:
+    record = [ChannelStats(branches="cond", layers=1), HiddenStates(layers=1, branches="cond")]
+    run = any_dit.generate(PROMPTS, steps=1, guide=DetailGuidance(1.0, 1, TopK(3)), record=record).records
+    mask, stats = run.detail_guidance.mask, run.channel_stats
+    assert mask.sizes["sample"] == stats.sizes["sample"] == run.hidden_states.sizes["sample"] == 2
+    top = np.sort(stats.top_channel.values.reshape(2, -1)[:, :3], axis=1)
+    assert np.array_equal(np.sort(np.stack([row.nonzero()[0] for row in mask.values.reshape(2, -1)]), axis=1), top)
+    assert (run.hidden_states.value != 0).all()
+
+
+def test_steps_outside_the_window_are_plain(any_dit: DiT) -> None:
+    guide = DetailGuidance(2.0, 1, RandomK(3), steps=(1,))
+    first = HiddenStates(layers=0, point="input", branches="cond", steps=(0, 1))
+    plain, guided = (
+        any_dit.generate(PROMPTS, steps=3, guide=g, record=[first]).records.hidden_states.value for g in (None, guide)
+    )
+    np.testing.assert_allclose(plain, guided, rtol=1e-3, atol=1e-3)
+    assert not np.allclose(
+        any_dit.generate(PROMPTS, steps=3).latents, any_dit.generate(PROMPTS, steps=3, guide=guide).latents, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("guide", "edits", "kind", "words"),
+    [
+        (DetailGuidance(1.0, 99), [], ValueError, "layers 0 to"),
+        (SkipLayerGuidance(1.0, 99), [], ValueError, "layers 0 to"),
+        (DetailGuidance(1.0, 0), [Disrupt(TopK(1))], ValueError, "one of the two"),
+        (TopK(1), [], TypeError, "DetailGuidance"),
+    ],
+)
+def test_bad_guides_get_one_sentence(flux_dit: DiT, guide, edits, kind, words: str) -> None:
+    with pytest.raises(kind, match=words):
+        flux_dit.generate(PROMPTS, steps=1, guide=guide, edits=edits)
