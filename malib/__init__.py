@@ -9,7 +9,7 @@ from .dit import DiT, load
 from .edits import Disrupt, Interpolate, Pictures, Transport
 from .generation import Comparison, Generation, Renoised
 from .guidance import DetailGuidance, SkipLayerGuidance
-from .records import ChannelStats, Clusters, Gates, HiddenStates
+from .records import ChannelStats, Clusters, Gates, HiddenStates, Modulation
 
 __all__ = [
     "BottomK",
@@ -25,6 +25,7 @@ __all__ = [
     "Generation",
     "HiddenStates",
     "Interpolate",
+    "Modulation",
     "Pictures",
     "RandomK",
     "Renoised",

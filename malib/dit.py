@@ -317,8 +317,7 @@ class DiT:
             edits: edits such as ``Disrupt(TopK(8))``, applied in order.
             guide: ``DetailGuidance`` or ``SkipLayerGuidance``; not together with edits.
             size: (height, width) in pixels; None for the model's own size, or that of the pictures of ``start``.
-            start: begin with these pictures, one a prompt, at some noise level; None begins with noise. For models of
-                rectified flow (FLUX, SD3, Sana).
+            start: begin with these pictures, one a prompt, at some noise level; None begins with noise.
 
         Raises:
             ValueError: no or empty prompts, unequal numbers of prompts and seeds, a layer, step or channel out of range.
@@ -383,7 +382,7 @@ class DiT:
             part = slice(first, first + at_once)
             try:
                 begin = Renoised(start.images[part], start.sigma) if start else None
-                with self._exact_sigmas() if start else nullcontext():
+                with self._exact_sigmas() if start and self.family.pictures == "flow" else nullcontext():
                     batch = self._batch(
                         part, prompts, seeds, groups, listeners, steps, cfg, guidance, (height, width), begin
                     )
@@ -456,8 +455,12 @@ class DiT:
             arguments["max_sequence_length"] = min(limit, 512)
         if start:
             clean = self.encode(start.images)
-            arguments["latents"] = self._pack(torch.lerp(clean, self._noise(tuple(clean.shape), seeds), start.sigma))
-            arguments["sigmas"] = [start.sigma * (1 - i / steps) for i in range(steps)]
+            arguments["latents"] = self._pack(self._mixed(clean, self._noise(tuple(clean.shape), seeds), start.sigma))
+            if self.family.pictures == "flow":
+                arguments["sigmas"] = [start.sigma * (1 - i / steps) for i in range(steps)]
+            else:
+                first = self._timestep(start.sigma)
+                arguments["timesteps"] = [round(first * (1 - i / steps)) for i in range(steps)]
         return arguments
 
     def encode(self, images: np.ndarray) -> torch.Tensor:
@@ -516,6 +519,8 @@ class DiT:
                     f"The source's pictures have {source.images.shape[2]} x {source.images.shape[1]} pixels, the generation "
                     f"{size[1]} x {size[0]}; resize them, or pass size=."
                 )
+            if isinstance(source, Pictures):
+                self._check_pictures(("flow",))
             if isinstance(source, Recorded) and source.weights != self.fingerprint:
                 raise ValueError(f"The source was recorded with other weights than those of {self.name}; record it again.")
             if edit.point == "prompt" and not self.family.conditioning:
@@ -582,7 +587,7 @@ class DiT:
         clean = self.encode(images)
         if source.route == "noise":
             noise = self._noise(tuple(clean.shape), seeds)
-            return lambda sigma: torch.lerp(clean, noise, sigma)
+            return lambda sigma: clean.lerp(noise, sigma)
         path = self.invert(images, prompts, steps, guidance)
 
         def at(sigma: float) -> torch.Tensor:
@@ -610,6 +615,7 @@ class DiT:
         import torch
         from diffusers import FlowMatchEulerDiscreteScheduler
 
+        self._check_pictures(("flow",))
         clean = self.encode(images)
         found = [clean]
         size = tuple(images.shape[1:3])
@@ -632,6 +638,17 @@ class DiT:
         generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]
         dtype = getattr(torch, self.family.latents or self.dtype)
         return randn_tensor(shape, generator=generators, device=self.pipeline._execution_device, dtype=dtype)
+
+    def _mixed(self, clean: torch.Tensor, noise: torch.Tensor, sigma: float) -> torch.Tensor:
+        """Pictures at a noise level, as the model has been trained on them."""
+        if self.family.pictures == "flow":
+            return clean.lerp(noise, sigma)
+        kept = float(self.pipeline.scheduler.alphas_cumprod[self._timestep(sigma)])
+        return kept**0.5 * clean + (1 - kept) ** 0.5 * noise
+
+    def _timestep(self, sigma: float) -> int:
+        """The timestep of a model trained as DDPM whose sqrt(1 - alpha_bar) is nearest to sigma."""
+        return int((self.pipeline.scheduler.alphas_cumprod - (1 - sigma**2)).abs().argmin())
 
     def _pack(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) as the pipeline holds them."""
@@ -690,8 +707,8 @@ class DiT:
                 f"{self.name} draws {self.size} x {self.size} pixels alone, not {width} x {height}; leave size=None."
             )
 
-    def _check_pictures(self) -> None:
-        if not self.family.pictures:
+    def _check_pictures(self, ways: tuple[str, ...] = ("flow", "ddpm")) -> None:
+        if self.family.pictures not in ways:
             raise ValueError(
                 f"Pictures cannot enter {type(self.pipeline).__name__} yet; use a prompt as the source, or a model such as "
                 "FLUX.1, SD3 or Sana."

@@ -19,7 +19,8 @@ class Gate:
             many equal parts of the tensor that it returns.
         index: which one.
         stream: whose channels it gates.
-        parts: into how many equal parts the tensor is cut along the channels.
+        parts: into how many equal parts the tensor is cut along the channels; -1 for the outputs of a linear layer that are
+            some multiple of its inputs.
         argument: the block's argument that holds the tensor, where a stack of blocks shares its modulation.
         tanh: whether the block passes the gate through tanh.
 
@@ -45,6 +46,7 @@ class Stack:
         returns: the streams in the order in which a block returns them; a block may return None for a stream.
         arguments: for each stream that enters the block, its parameter name, in the order of the parameters.
         gates: the AdaLN gates of a block.
+        modulation: "shift" and "scale" of its first LayerNorm of the image tokens, where correspondence can use them.
         joined: how a block's one tensor holds both streams: "text first" or "image first" (what pads the image then counts
             as text); None where each stream has a tensor of its own.
     """
@@ -54,6 +56,7 @@ class Stack:
     returns: tuple[str, ...]
     arguments: dict[str, str]
     gates: tuple[Gate, ...] = ()
+    modulation: tuple[Gate, ...] = ()
     joined: str | None = None
 
 
@@ -74,8 +77,8 @@ class Family:
         conditioning: the transformer's arguments that carry the prompt.
         patch: latent pixels a side of a token; None where the transformer's config says so (``patch_size``).
         latents: dtype in which the pipeline draws its noise; None for that of the weights.
-        pictures: whether pictures can enter (``Renoised``, ``Pictures``): a rectified flow over latents that are scaled and
-            shifted as a whole.
+        pictures: how pictures can enter: "flow", in a rectified flow (``Renoised``, ``Pictures``); "ddpm", as a start alone
+            (``Renoised``); None, not yet, for the latents are no more than scaled and shifted in the two others.
         sequence_tokenizer: the tokenizer whose ``model_max_length`` is the length of the text stream, if it is variable.
         classes: whether it draws ImageNet classes; prompts are then class names or numbers.
         pipeline: class name of the pipeline, where several share a transformer.
@@ -93,7 +96,7 @@ class Family:
     conditioning: tuple[str, ...] = ("encoder_hidden_states", "pooled_projections")
     patch: int | None = None
     latents: str | None = None
-    pictures: bool = True
+    pictures: str | None = "flow"
     sequence_tokenizer: str | None = None
     classes: bool = False
     pipeline: str | None = None
@@ -107,6 +110,9 @@ _GATES = (Gate("attention", "norm1", 1), Gate("mlp", "norm1", 4))
 _MM_GATES = (*_GATES, Gate("attention", "norm1_context", 1, "text"), Gate("mlp", "norm1_context", 4, "text"))
 _TABLE_GATES = (Gate("attention", index=2), Gate("mlp", index=5))
 _SINGLE_GATE = (Gate("block", "norm", 1),)
+_ADALN = (Gate("shift", "norm1.linear", 0, parts=-1), Gate("scale", "norm1.linear", 1, parts=-1))
+_SINGLE_ADALN = (Gate("shift", "norm.linear", 0, parts=-1), Gate("scale", "norm.linear", 1, parts=-1))
+_TABLE_ADALN = (Gate("shift", index=0), Gate("scale", index=1))
 
 
 def _shared(argument: str, stream: str = "image") -> tuple[Gate, Gate]:
@@ -146,8 +152,8 @@ FAMILIES = (
     Family(
         "FluxTransformer2DModel",
         (
-            Stack("transformer_blocks", "double", ("text", "image"), _BOTH, _MM_GATES),
-            Stack("single_transformer_blocks", "single", ("text", "image"), _BOTH, _SINGLE_GATE),
+            Stack("transformer_blocks", "double", ("text", "image"), _BOTH, _MM_GATES, _ADALN),
+            Stack("single_transformer_blocks", "single", ("text", "image"), _BOTH, _SINGLE_GATE, _SINGLE_ADALN),
         ),
         passes="sequential",
         order=("cond", "uncond"),
@@ -164,7 +170,7 @@ FAMILIES = (
         cfg_argument="guidance_scale",
         conditioning=("encoder_hidden_states",),
         patch=2,
-        pictures=False,
+        pictures=None,
         pipeline="Flux2KleinPipeline",
     ),
     Family(
@@ -176,7 +182,7 @@ FAMILIES = (
         guidance_argument="guidance_scale",
         conditioning=("encoder_hidden_states",),
         patch=2,
-        pictures=False,
+        pictures=None,
         pipeline="Flux2Pipeline",
     ),
     Family(
@@ -197,18 +203,18 @@ FAMILIES = (
         guidance_argument="guidance_scale",
         conditioning=("encoder_hidden_states", "encoder_hidden_states_mask"),
         patch=2,
-        pictures=False,
+        pictures=None,
     ),
     Family(
         "SD3Transformer2DModel",
-        (Stack("transformer_blocks", "joint", ("text", "image"), _BOTH, _MM_GATES),),
+        (Stack("transformer_blocks", "joint", ("text", "image"), _BOTH, _MM_GATES, _ADALN),),
         passes="batched",
         order=("uncond", "cond"),
         cfg_argument="guidance_scale",
     ),
     Family(
         "SanaTransformer2DModel",
-        (Stack("transformer_blocks", "block", ("image",), _IMAGE, _TABLE_GATES),),
+        (Stack("transformer_blocks", "block", ("image",), _IMAGE, _TABLE_GATES, _TABLE_ADALN),),
         passes="batched",
         order=("uncond", "cond"),
         cfg_argument="guidance_scale",
@@ -218,12 +224,12 @@ FAMILIES = (
     ),
     Family(
         "PixArtTransformer2DModel",
-        (Stack("transformer_blocks", "block", ("image",), _IMAGE, _TABLE_GATES),),
+        (Stack("transformer_blocks", "block", ("image",), _IMAGE, _TABLE_GATES, _TABLE_ADALN),),
         passes="batched",
         order=("uncond", "cond"),
         cfg_argument="guidance_scale",
         conditioning=("encoder_hidden_states", "encoder_attention_mask"),
-        pictures=False,
+        pictures="ddpm",
         call={"use_resolution_binning": False, "clean_caption": False},
     ),
     Family(
@@ -233,7 +239,7 @@ FAMILIES = (
         order=("cond", "uncond"),
         cfg_argument="guidance_scale",
         conditioning=(),
-        pictures=False,
+        pictures=None,
         classes=True,
     ),
     Family(
@@ -274,7 +280,7 @@ FAMILIES = (
         order=("cond", "uncond"),
         cfg_argument="guidance_scale",
         conditioning=("encoder_hidden_states",),
-        pictures=False,
+        pictures=None,
     ),
     Family(
         "ZImageTransformer2DModel",

@@ -33,9 +33,10 @@ class Block:
 class Event:
     """Where a tensor was seen.
 
-    ``gate`` names the AdaLN gate when ``point`` is "gate". At the point "prompt" the tensors are what carries the prompt
-    into the transformer, before any block: ``layer`` is -1 then, and ``gate`` the name of the argument. At the point
-    "velocity" they are what the transformer predicts, and ``layer`` is -1, too.
+    ``gate`` names the AdaLN gate when ``point`` is "gate", and "shift" or "scale" when it is "modulation". At the point
+    "prompt" the tensors are what carries the prompt into the transformer, before any block: ``layer`` is -1 then, and
+    ``gate`` the name of the argument. At the point "velocity" they are what the transformer predicts, and ``layer`` is -1,
+    too.
     """
 
     step: int
@@ -182,9 +183,10 @@ class Tap(AbstractContextManager):
             if wanted := self._wanting(block.layer, stream, "output"):
                 hook = self._output_hook(block, stream, index, wanted)
                 undo.callback(block.module.register_forward_hook(hook, with_kwargs=True).remove)
-        for gate in stack.gates:
-            if wanted := self._wanting(block.layer, gate.stream, "gate"):
-                undo.callback(self._tap_gate(block, gate, wanted))
+        for point, gates in (("gate", stack.gates), ("modulation", stack.modulation)):
+            for gate in gates:
+                if wanted := self._wanting(block.layer, gate.stream, point):
+                    undo.callback(self._tap_gate(block, gate, point, wanted))
 
     def _wanting(self, layer: int, stream: str, point: str) -> list[Listener]:
         return [listener for listener in self._listeners if listener.wants(layer, stream, point)]
@@ -266,11 +268,15 @@ class Tap(AbstractContextManager):
 
         return hook
 
-    def _tap_gate(self, block: Block, gate: Gate, wanted: list[Listener]) -> Callable[[], None]:
-        site = (block.layer, gate.stream, "gate", gate.name)
+    def _tap_gate(self, block: Block, gate: Gate, point: str, wanted: list[Listener]) -> Callable[[], None]:
+        site = (block.layer, gate.stream, point, gate.name)
+        parts = gate.parts
+        if parts < 0:
+            linear = block.module.get_submodule(gate.module)
+            parts = linear.out_features // linear.in_features
 
         def send(x: Tensor) -> None:
-            part = x.flatten(1).chunk(gate.parts, dim=1)[gate.index] if gate.parts else x
+            part = x.flatten(1).chunk(parts, dim=1)[gate.index] if parts else x
             self._send(wanted, part.tanh() if gate.tanh else part, *site)
 
         def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -157,6 +157,19 @@ class Gates(Window):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Modulation(Window):
+    """Shift and scale of a block's first LayerNorm: ``value`` (sample, step, branch, layer, gate, channel)."""
+
+    version: ClassVar[int] = 1
+    points: ClassVar[tuple[str, ...]] = ("modulation",)
+    point: str = field(default="modulation", init=False)
+
+    def start(self, run: Run) -> _GatesListener:
+        """A listener that fills the record."""
+        return _GatesListener(self, run)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Clusters(Window):
     """K-means of the image tokens in the subspace of selected channels (MAs-DiT, arXiv 2605.13974, two-means masks).
 
@@ -429,7 +442,7 @@ class _ClustersListener(_Listener):
 
 
 class _GatesListener(_Listener):
-    record: Gates
+    record: Gates | Modulation
 
     def __call__(self, event: Event, x: Tensor) -> None:
         if self.record.covers(event):

@@ -209,6 +209,46 @@ def render(scene: Scene) -> Rendering:
     return Rendering(np.clip(image, 0, 1).astype(np.float32), labels)
 
 
+def key_points(scene: Scene) -> list[np.ndarray]:
+    """Points of each subject that every picture of its shape has, in one order; exact, found without drawing.
+
+    Returns:
+        For each subject (n, 2): x and y in pixels, the middle of the first pixel being (0.5, 0.5). Of a circle and a ring
+        the four outermost points (and the ring's four innermost), of all others the corners. Shapes that look the same
+        after a turn are never turned by more than 9 degrees, so that their points can be told from each other.
+    """
+    rng = np.random.default_rng([scene.seed, 11])
+    _background(scene, rng)
+    found = []
+    for subject, centre in zip(scene.subjects, _centres(scene, rng), strict=True):
+        radius, angle = rng.uniform(*_RADIUS[subject.size]), np.deg2rad(rng.uniform(-9, 9))
+        if subject.shape in ("circle", "ring"):
+            ends = np.array([(0, -1), (1, 0), (0, 1), (-1, 0)])
+            points = ends * radius if subject.shape == "circle" else np.concatenate([1.02 * ends, 0.5 * ends]) * radius
+        else:
+            points = _turned(subject.shape, radius, angle)
+        found.append(points + centre)
+    return found
+
+
+def correspondences(count: int, seed: int = 0) -> list[tuple[Scene, Scene]]:
+    """``count`` pairs of one-subject scenes with the same shape and all else different, fixed by ``seed``.
+
+    A longer list begins with the shorter one; the shapes take turns.
+    """
+    found: list[tuple[Scene, Scene]] = []
+    index = 0
+    while len(found) < count:
+        first = 1_800_000_000 + seed * 1_000_003 + 2 * index
+        one, two = sample_scene(first, 1), sample_scene(first + 1, 1)
+        (shape, *others), (other_shape, *other_others) = attributes(one), attributes(two)
+        wanted = SHAPES[len(found) % len(SHAPES)]
+        if shape == other_shape == wanted and all(a != b for a, b in zip(others, other_others, strict=True)):
+            found.append((one, two))
+        index += 1
+    return found
+
+
 def empty(scene: Scene) -> np.ndarray:
     """The background of a scene without its subjects; float32 (64, 64, 3) in [0, 1]."""
     return np.clip(_background(scene, np.random.default_rng([scene.seed, 11])), 0, 1).astype(np.float32)
@@ -365,9 +405,13 @@ def _signed_distance(shape: str, x: float, y: float, radius: float, angle: float
         return np.hypot(_X - x, _Y - y) - radius
     if shape == "ring":
         return np.abs(np.hypot(_X - x, _Y - y) - 0.76 * radius) - 0.26 * radius
-    corners = _OUTLINES[shape] * radius
+    return _polygon_distance(np.add(_turned(shape, radius, angle), (x, y)))
+
+
+def _turned(shape: str, radius: float, angle: float) -> np.ndarray:
+    """Corners of a shape around its centre, (corners, 2)."""
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    return _polygon_distance(corners @ turn + (x, y))
+    return (_OUTLINES[shape] * radius) @ turn
 
 
 def _polygon_distance(corners: np.ndarray) -> np.ndarray:

@@ -39,7 +39,12 @@ def row_of(family: families.Family) -> str:
     kinds = {passes: family.cfg_argument, "then rescaled": family.rescales, "embedded": family.guidance_argument}
     guidance = [kind for kind, has in kinds.items() if has]
     gates = [" and ".join(g.name for g in stack.gates if g.stream == "image") for stack in family.stacks]
-    cells = [stack.label for stack in family.stacks], guidance, dict.fromkeys(gates), ["yes" if family.pictures else "no"]
+    cells = (
+        [stack.label for stack in family.stacks],
+        guidance,
+        dict.fromkeys(gates),
+        [{"flow": "yes", "ddpm": "as a start", None: "no"}[family.pictures]],
+    )
     return " | ".join(", ".join(cell) for cell in cells) + " |"
 
 

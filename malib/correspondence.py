@@ -1,0 +1,291 @@
+"""Semantic correspondence with features of a diffusion transformer (DiTF, arXiv 2505.18584), and how it is scored.
+
+A feature is ``(1 + scale) * LayerNorm(z) + shift``: z the image tokens that enter a block, at one noise level, and scale and
+shift the AdaLN modulation of that block's first LayerNorm. The massive channels may be set to zero before the LayerNorm.
+Points are x and y in pixels; the middle of the first pixel is (0.5, 0.5).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from . import scenes
+from .channels import Rule
+from .dit import DiT
+from .generation import Renoised
+from .records import HiddenStates, Modulation
+
+if TYPE_CHECKING:
+    import torch
+    import xarray as xr
+
+EPSILON = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Two pictures and points that correspond.
+
+    Attributes:
+        source: uint8 (height, width, 3).
+        target: uint8 (height, width, 3), perhaps of another size.
+        source_points: (n, 2).
+        target_points: (n, 2), in the same order.
+        box: (height, width) of the target's bounding box, the measure of what counts as near.
+        category: what both show.
+    """
+
+    source: np.ndarray
+    target: np.ndarray
+    source_points: np.ndarray
+    target_points: np.ndarray
+    box: tuple[float, float]
+    category: str = ""
+
+
+def scene_pairs(count: int, seed: int = 0) -> list[Pair]:
+    """The bundled benchmark: rendered scenes of one shape that differ in colour, size, position and background."""
+    return [_scene_pair(*couple) for couple in scenes.correspondences(count, seed)]
+
+
+def _scene_pair(one: scenes.Scene, two: scenes.Scene) -> Pair:
+    pictures = [(scenes.render(s).image * 255).round().astype(np.uint8) for s in (one, two)]
+    points = [scenes.key_points(s)[0] for s in (one, two)]
+    width, height = np.ptp(points[1], axis=0)
+    return Pair(*pictures, *points, (height, width), one.subjects[0].shape)
+
+
+def spair(root: str | Path, split: str = "test", category: str | None = None) -> Iterator[Pair]:
+    """The pairs of SPair-71k in its own folder layout (``PairAnnotation/<split>/*.json``, ``JPEGImages/<category>/*.jpg``).
+
+    Args:
+        root: the dataset's folder, given by the user.
+        split: "trn", "val" or "test".
+        category: e.g. "cat"; None for all.
+
+    Raises:
+        FileNotFoundError: the folder holds no annotations of this split and category.
+    """
+    root = Path(root)
+    for path in _annotations(root, split, f"*{category or ''}.json"):
+        about = json.loads(path.read_text())
+        folder = root / "JPEGImages" / about["category"]
+        left, top, right, bottom = about["trg_bndbox"]
+        yield Pair(
+            _picture(folder / about["src_imname"]),
+            _picture(folder / about["trg_imname"]),
+            np.asarray(about["src_kps"], float) + 0.5,
+            np.asarray(about["trg_kps"], float) + 0.5,
+            (bottom - top, right - left),
+            about["category"],
+        )
+
+
+def ap10k(root: str | Path, split: str = "test", category: str | None = None) -> Iterator[Pair]:
+    """The pairs of AP-10K in the layout of the correspondence benchmark made from it.
+
+    ``PairAnnotation/<split>/*:<category>.json`` names two files of ``ImageAnnotation``, which lie like their pictures in
+    ``JPEGImages``. Points count that are visible in both.
+
+    Args:
+        root: the dataset's folder, given by the user.
+        split: as its folders are named, e.g. "test", "test_cross_species".
+        category: a species; None for all.
+
+    Raises:
+        FileNotFoundError: the folder holds no annotations of this split and category.
+    """
+    root = Path(root)
+    for path in _annotations(root, split, f"*{':' + category if category else ''}.json"):
+        about = json.loads(path.read_text())
+        places = [Path(about[f"{end}_json_path"]) for end in ("src", "trg")]
+        places = [root / Path(*p.parts[p.parts.index("ImageAnnotation") :]) for p in places]
+        ends = [json.loads(p.read_text()) for p in places]
+        points = [np.asarray(end["keypoints"], float).reshape(-1, 3) for end in ends]
+        seen = (points[0][:, 2] > 0) & (points[1][:, 2] > 0)
+        pictures = [Path(str(p).replace("ImageAnnotation", "JPEGImages")).with_suffix(".jpg") for p in places]
+        yield Pair(
+            *(_picture(p) for p in pictures),
+            *(p[seen, :2] + 0.5 for p in points),
+            (ends[1]["bbox"][3], ends[1]["bbox"][2]),
+            path.stem.split(":")[-1],
+        )
+
+
+def _picture(path: Path) -> np.ndarray:
+    """A picture as its points were set on it: not turned, not cropped."""
+    from PIL import Image
+
+    with Image.open(path) as opened:
+        return np.asarray(opened.convert("RGB"))
+
+
+def _annotations(root: Path, split: str, pattern: str) -> list[Path]:
+    found = sorted((root / "PairAnnotation" / split).glob(pattern))
+    if not found:
+        raise FileNotFoundError(
+            f"{root} holds no PairAnnotation/{split}/{pattern}; give the unpacked dataset's folder and one of its splits."
+        )
+    return found
+
+
+def read(
+    dit: DiT,
+    images: np.ndarray,
+    prompts: str | Sequence[str] = "a picture",
+    *,
+    layers: Sequence[int] | None = None,
+    sigma: float = 0.26,
+    ensemble: int = 8,
+) -> xr.Dataset:
+    """What features are made of: one forward pass for each noise, averaged over the noises.
+
+    Args:
+        dit: any model that pictures can enter.
+        images: uint8 (B, height, width, 3), of one size.
+        prompts: what the pictures show, one for all or one a picture.
+        layers: blocks, counted over all block stacks; None for all.
+        sigma: noise level in (0, 1]; the paper has 0.26 for FLUX.1.
+        ensemble: number of noises, the same for all pictures; the paper has 8.
+
+    Returns:
+        ``tokens`` (picture, layer, token, channel), the image tokens that enter each block; ``shift`` and ``scale``
+        (picture, layer, channel), the modulation of its first LayerNorm, where it is known; the attribute ``grid``.
+    """
+    import xarray as xr
+
+    asked = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
+    window = {"layers": layers, "branches": "cond"}
+    record, found = [HiddenStates(point="input", **window), Modulation(**window)], []
+    at_once = max(1, dit.batch_size // ensemble)
+    for first in range(0, len(images), at_once):  # the states of all noises at once would fill the memory
+        part = slice(first, first + at_once)
+        count = len(images[part])
+        repeated, texts = np.repeat(images[part], ensemble, axis=0), [t for t in asked[part] for _ in range(ensemble)]
+        start, seeds = Renoised(repeated, sigma), list(range(ensemble)) * count
+        run = dit.generate(texts, seeds, steps=1, cfg=1.0, start=start, record=record).records
+        values = {"tokens": run.hidden_states.value}
+        if "value" in run.modulation:
+            values |= {name: run.modulation.value.sel(gate=name, drop=True) for name in ("shift", "scale")}
+        data = xr.Dataset({name: v.isel(step=0, branch=0, drop=True) for name, v in values.items()})
+        data = data.drop_vars(["prompt", "seed", "sample"], errors="ignore")
+        found.append(data.coarsen(sample=ensemble).mean().rename(sample="picture"))
+    return xr.concat(found, "picture").assign_attrs(grid=dit.grid(images.shape[1:3]))
+
+
+def features(states: xr.Dataset, layer: int, *, adaln: bool = True, discard: Rule | None = None) -> np.ndarray:
+    """Features of one block.
+
+    Args:
+        states: of ``read``.
+        layer: the block.
+        adaln: False gives the tokens as they enter the block.
+        discard: which channels are set to zero before the LayerNorm; None for none. It sees the averaged tokens.
+
+    Returns:
+        float32 (picture, rows, columns, channels).
+
+    Raises:
+        ValueError: the block's modulation is not known for this architecture.
+    """
+    import torch
+
+    tokens, *modulation = (
+        torch.from_numpy(states[name].sel(layer=layer).values) for name in ("tokens", "shift", "scale") if name in states
+    )
+    if discard is not None:
+        tokens = tokens.masked_fill(discard.mask(tokens, layer)[:, None], 0)
+    if adaln:
+        if not modulation or modulation[0].isnan().any():
+            raise ValueError(f"The modulation of layer {layer} is not known for this architecture; use adaln=False.")
+        shift, scale = (m[:, None] for m in modulation)
+        tokens = torch.nn.functional.layer_norm(tokens, tokens.shape[-1:], eps=EPSILON) * (1 + scale) + shift
+    return tokens.unflatten(1, tuple(states.attrs["grid"])).numpy()
+
+
+def similarity(
+    source: np.ndarray,
+    target: np.ndarray,
+    points: np.ndarray,
+    source_size: tuple[int, int],
+    target_size: tuple[int, int],
+) -> np.ndarray:
+    """Cosine similarity of the source's features at points with the target's at every pixel, both bilinearly upsampled.
+
+    Args:
+        source: (rows, columns, channels).
+        target: (rows, columns, channels).
+        points: (n, 2) in the source.
+        source_size: (height, width) of the source in pixels.
+        target_size: (height, width) of the target in pixels.
+
+    Returns:
+        float32 (n, height, width).
+    """
+    import torch
+
+    height, width = target_size
+    wanted = torch.nn.functional.normalize(_sampled(source, torch.as_tensor(points), source_size), dim=1)
+    columns, found = torch.arange(width) + 0.5, []
+    for y in torch.arange(height) + 0.5:  # row by row, for a picture's upsampled features can take gigabytes
+        row = _sampled(target, torch.stack([columns, y.expand(width)], dim=1), target_size)
+        found.append(wanted @ torch.nn.functional.normalize(row, dim=1).T)
+    return torch.stack(found, dim=1).numpy()
+
+
+def _sampled(values: np.ndarray, points: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Features (rows, columns, channels) at points (n, 2) of a picture of that size: (n, channels)."""
+    import torch
+
+    height, width = size
+    places = 2 * points.float() / torch.tensor([width, height]) - 1
+    grid = torch.from_numpy(np.ascontiguousarray(values, np.float32)).permute(2, 0, 1)[None]
+    found = torch.nn.functional.grid_sample(grid, places[None, None], padding_mode="border", align_corners=False)
+    return found[0, :, 0].T
+
+
+def match(
+    source: np.ndarray,
+    target: np.ndarray,
+    points: np.ndarray,
+    source_size: tuple[int, int],
+    target_size: tuple[int, int],
+) -> np.ndarray:
+    """The target's pixel that is most similar to each point of the source: (n, 2). Arguments as of ``similarity``."""
+    maps = similarity(source, target, points, source_size, target_size)
+    rows, columns = np.unravel_index(maps.reshape(len(maps), -1).argmax(1), maps.shape[1:])
+    return np.stack([columns, rows], axis=1) + 0.5
+
+
+def hits(found: np.ndarray, truth: np.ndarray, box: tuple[float, float], alpha: float = 0.1) -> np.ndarray:
+    """Which matches lie within alpha times the longer side of the target's bounding box: bool (n,)."""
+    return np.linalg.norm(np.asarray(found) - truth, axis=1) <= alpha * max(box)
+
+
+def pck(couples: Iterable[tuple[Pair, np.ndarray, np.ndarray]], alpha: float | Sequence[float] = 0.1) -> xr.Dataset:
+    """Percentage of correct key points, by the protocol of SPair-71k.
+
+    Args:
+        couples: pairs, each with the features (rows, columns, channels) of its source and its target; read one by one.
+        alpha: one or several thresholds.
+
+    Returns:
+        ``hits`` (pair, alpha) and ``points`` (pair), with ``category``: ``hits.sum("pair") / points.sum()`` is the PCK per
+        point, ``(hits / points).mean("pair")`` the one per image.
+    """
+    import xarray as xr
+
+    alphas, counts, sizes, categories = np.atleast_1d(alpha), [], [], []
+    for pair, one, two in couples:
+        found = match(one, two, pair.source_points, pair.source.shape[:2], pair.target.shape[:2])
+        counts.append([hits(found, pair.target_points, pair.box, a).sum() for a in alphas])
+        sizes.append(len(found))
+        categories.append(pair.category)
+    coords = {"alpha": alphas, "category": ("pair", categories)}
+    return xr.Dataset({"hits": (("pair", "alpha"), np.array(counts)), "points": ("pair", sizes)}, coords)
