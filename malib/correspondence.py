@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 EPSILON = 1e-6
+KINDS = ("raw", "norm", "adaln")
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,33 +180,39 @@ def read(
     return xr.concat(found, "picture").assign_attrs(grid=dit.grid(images.shape[1:3]))
 
 
-def features(states: xr.Dataset, layer: int, *, adaln: bool = True, discard: Rule | None = None) -> np.ndarray:
+def features(states: xr.Dataset, layer: int, kind: str = "adaln", discard: Rule | None = None) -> np.ndarray:
     """Features of one block.
 
     Args:
         states: of ``read``.
         layer: the block.
-        adaln: False gives the tokens as they enter the block.
-        discard: which channels are set to zero before the LayerNorm; None for none. It sees the averaged tokens.
+        kind: "raw", the tokens as they enter the block; "norm", after a LayerNorm; "adaln", after the block's own (the
+            paper's feature).
+        discard: which channels are set to zero before that; None for none. It sees the averaged tokens.
 
     Returns:
         float32 (picture, rows, columns, channels).
 
     Raises:
-        ValueError: the block's modulation is not known for this architecture.
+        ValueError: an unknown kind, or the block's modulation is not known for this architecture.
     """
     import torch
+
+    if kind not in KINDS:
+        raise ValueError(f"Kind '{kind}' is unknown; use {', '.join(KINDS)}.")
 
     tokens, *modulation = (
         torch.from_numpy(states[name].sel(layer=layer).values) for name in ("tokens", "shift", "scale") if name in states
     )
     if discard is not None:
         tokens = tokens.masked_fill(discard.mask(tokens, layer)[:, None], 0)
-    if adaln:
+    if kind != "raw":
+        tokens = torch.nn.functional.layer_norm(tokens, tokens.shape[-1:], eps=EPSILON)
+    if kind == "adaln":
         if not modulation or modulation[0].isnan().any():
-            raise ValueError(f"The modulation of layer {layer} is not known for this architecture; use adaln=False.")
+            raise ValueError(f"The modulation of layer {layer} is not known for this architecture; use 'raw' or 'norm'.")
         shift, scale = (m[:, None] for m in modulation)
-        tokens = torch.nn.functional.layer_norm(tokens, tokens.shape[-1:], eps=EPSILON) * (1 + scale) + shift
+        tokens = tokens * (1 + scale) + shift
     return tokens.unflatten(1, tuple(states.attrs["grid"])).numpy()
 
 

@@ -94,6 +94,14 @@ NOTEBOOKS = (
         ("methods", "pictures"),
         {"preview": {"pairs": 5, "steps": 6, "draws": 1}, "full": {"pairs": 48, "steps": 20, "draws": 3}},
     ),
+    Notebook(
+        "07_detail_guidance",
+        ("weights", "layers", "guidances", "pictures"),
+        {
+            "preview": {"prompts": 5, "steps": 6, "ws": [0.5, 1.0, 2.0], "draws": 1},
+            "full": {"prompts": 32, "steps": 20, "ws": [0.25, 0.5, 1.0, 2.0, 4.0], "draws": 3},
+        },
+    ),
 )
 
 

@@ -10,8 +10,9 @@ term, too, so that there the formula holds up to a factor for each token.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from . import edits
 from .channels import Rule, TopK
 from .edits import Disrupt, _DisruptListener
 from .records import Run, Window, _Listener
@@ -86,6 +87,25 @@ class SkipLayerGuidance(Window):
         """A listener that applies the guidance."""
         Disrupt(TopK(1), layers=self.layer).check(len(run.blocks), run.steps)
         return _SkipListener(self, run)
+
+
+def controls(w: float, layer: int, k: int, draws: int = 1, **window: Any) -> dict[str, list[DetailGuidance]]:
+    """Detail Guidance and all that it must be held against, as lists of guides by name.
+
+    Args:
+        w: the weight of all of them.
+        layer: the layer that is degraded.
+        k: number of massive channels.
+        draws: how many random draws of each control that has some; average over them.
+        window: ``steps``, if not all.
+
+    Returns:
+        Those of ``edits.controls``, each as the degradation.
+    """
+    return {
+        name: [DetailGuidance(w, layer, edit.channels, edit.mode, edit.seed, **window) for (edit,) in variants]
+        for name, variants in edits.controls(k, draws).items()
+    }
 
 
 class _GuidanceListener(_Listener):

@@ -411,25 +411,35 @@ _MEASURES = {
 
 
 def strength(data: xr.Dataset) -> Figure:
-    """``mean``, ``low``, ``high`` (rule, k, measure), ``base`` (measure): what an edit of k channels in all blocks does."""
+    """``mean``, ``low``, ``high`` (rule, k, measure), ``base`` (measure): what an edit of k channels in all blocks does.
+
+    Another axis than k is named by ``attrs``: ``x``, its ``label``, the value ``at`` which the title speaks, and ``where``.
+    """
+    x_name, k = data.attrs.get("x", "k"), data.attrs["k"]
     measures = _measures(data, ("agreement", "high_frequency", "distance"))
     figure, axes = _canvas(1, len(measures), (4.1 * len(measures), 3.9), squeeze=False)
     for axis, measure in zip(axes[0], measures, strict=True):
         axis.axhline(float(data.base.sel(measure=measure)), color="0.3", lw=1, ls="--", label="undisturbed")
         if "ceiling" in data:
-            axis.axhline(float(data.ceiling.sel(measure=measure)), color="0.3", lw=1, ls=":", label="the source itself")
+            label = data.attrs.get("ceiling", "the source itself")
+            axis.axhline(float(data.ceiling.sel(measure=measure)), color="0.3", lw=1, ls=":", label=label)
         for place, rule in enumerate(data.rule.values):
-            part, x = data.sel(rule=rule, measure=measure), data.k.values * (1 + 0.035 * (place - 2))
+            part, x = data.sel(rule=rule, measure=measure), data[x_name].values * (1 + 0.035 * (place - 2))
             bars = np.stack([part["mean"] - part.low, part.high - part["mean"]])
             axis.errorbar(x, part["mean"], bars, color=_COLOURS[rule], marker=_MARKERS[rule], ms=5, lw=1.3, label=rule)
-        axis.set(xlabel="k, channels of each block", ylabel=_MEASURES[measure])
+        axis.set(xlabel=data.attrs.get("label", "k, channels of each block"), ylabel=_MEASURES[measure])
         axis.set_xscale("log", base=2)
-        axis.set_xticks(data.k.values, data.k.values)
+        axis.set_xticks(data[x_name].values, data[x_name].values)
         _ratio_axis(axis, measure)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
-    measure, k = "high_frequency" if measures[0] == "distance" else measures[0], data.attrs["k"]
-    told = ", ".join(f"{r} {float(data['mean'].sel(rule=r, k=k, measure=measure)):.2f}" for r in data.rule.values)
-    return _finish(figure, f"{_MEASURES[measure].capitalize()} with k = {k} in all blocks: {told}", data)
+    measure, at = (
+        data.attrs.get("told", "high_frequency" if measures[0] == "distance" else measures[0]),
+        data.attrs.get("at", k),
+    )
+    values = data["mean"].sel({x_name: at, "measure": measure})
+    told = ", ".join(f"{r} {float(values.sel(rule=r)):.2f}" for r in data.rule.values)
+    where = data.attrs.get("where", f"with k = {k} in all blocks")
+    return _finish(figure, f"{_MEASURES[measure].capitalize()} {where}: {told}", data)
 
 
 def _measures(data: xr.Dataset, usual: tuple[str, ...]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from . import edits, plots
 from .channels import BottomK, RandomK, TopK
 from .generation import open_picture, png
+from .guidance import SkipLayerGuidance, controls
 from .records import ChannelStats, Clusters, HiddenStates
 from .spatial import on_grid
 
@@ -138,6 +139,44 @@ def disturb(
         return disturbed(dit, *given, steps=steps, cfg=cfg, guidance=guidance)
 
     return _board(show, text, [seed, rule, mode], [k, layers, window])
+
+
+def guided(
+    dit: DiT,
+    prompt: str,
+    seed: int,
+    rule: str,
+    k: int,
+    layer: int,
+    w: float,
+    *,
+    steps: int,
+    cfg: float | None,
+    guidance: float | None,
+) -> Comparison:
+    """One sample plain and with Detail Guidance; ``rule`` as in ``guidance.controls``, or "skip" to skip the block."""
+    guide = SkipLayerGuidance(w, layer) if rule == "skip" else controls(w, layer, k)[rule][0]
+    call = {"steps": steps, "cfg": cfg, "guidance": guidance}
+    return dit.generate(prompt, seed, **call) | dit.generate(prompt, seed, guide=guide, **call)
+
+
+def guide(
+    dit: DiT, prompt: str, *, steps: int = 20, cfg: float | None = None, guidance: float | None = None
+) -> ipywidgets.VBox:
+    """Prompt, seed, weight, block and channels of the degraded model; the guided picture beside the plain one."""
+    import ipywidgets as w
+
+    text, seed = _prompt_and_seed(prompt)
+    rule = w.Dropdown(options=[*controls(1, 0, 1), "skip"], description="without", tooltip="skip: without the block")
+    layer = w.Dropdown(options=[(b.name, b.layer) for b in dit.blocks], value=len(dit.blocks) // 2, description="block")
+    weight = w.FloatSlider(1.0, min=-1, max=4, step=0.25, description="w", continuous_update=False)
+    k = w.IntSlider(8, 1, min(64, dit.width), description="k", continuous_update=False)
+
+    def show() -> Comparison:
+        given = (text.value, seed.value, rule.value, k.value, layer.value, weight.value)
+        return guided(dit, *given, steps=steps, cfg=cfg, guidance=guidance)
+
+    return _board(show, text, [seed, rule, layer], [weight, k])
 
 
 def transported(

@@ -54,6 +54,8 @@ def test_discovery(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         ("05_prompt_interpolation", "sd3", ["pairs=2", "steps=2", "k=2"]),
         ("06_subject_driven", "mini-flux", ["pairs=2", "steps=2"]),
         ("06_subject_driven", "sd3", ["pairs=2", "steps=2", "k=2"]),
+        ("07_detail_guidance", "mini-flux", ["prompts=2", "steps=2", "ws=[1.0]"]),
+        ("07_detail_guidance", "sd3", ["prompts=2", "steps=2", "ws=[1.0]", "k=2"]),
     ],
 )
 def test_the_other_notebooks(
@@ -90,6 +92,16 @@ def test_the_clusterer_shows_the_record(flux_dit: malib.DiT) -> None:
     labels = flux_dit.generate("a red star", 3, record=[record], **call).records.clusters.label.values.reshape(8, 8)
     assert (figure.data[1].z[::-1] == labels).all()
     box = widgets.cluster(flux_dit, "a red star", steps=2, cfg=2.0)
+    box.children[0].value = " "
+    assert "non-empty text" in box.children[3].value
+
+
+def test_the_guide_shows_both_pictures_and_says_what_cannot_be(flux_dit: malib.DiT) -> None:
+    call = {"steps": 2, "cfg": 2.0, "guidance": None}
+    for rule, guide in (("top", malib.DetailGuidance(0.5, 1, malib.TopK(2))), ("skip", malib.SkipLayerGuidance(0.5, 1))):
+        pair = widgets.guided(flux_dit, "a red star", 3, rule, 2, 1, 0.5, **call)
+        assert (pair.columns[1].images == flux_dit.generate("a red star", 3, guide=guide, **call).images).all()
+    box = widgets.guide(flux_dit, "a red star", steps=2, cfg=2.0)
     box.children[0].value = " "
     assert "non-empty text" in box.children[3].value
 

@@ -106,7 +106,7 @@ def test_features_are_what_the_blocks_norm_gives(name: str) -> None:
     np.testing.assert_allclose(corr.features(states, layer), inside([]), rtol=1e-4, atol=1e-4)
     cut = Disrupt(rule, layers=layer, point="input")
     np.testing.assert_allclose(corr.features(states, layer, discard=rule), inside([cut]), rtol=1e-4, atol=1e-4)
-    raw = corr.features(states, layer, adaln=False)
+    raw = corr.features(states, layer, "raw")
     np.testing.assert_array_equal(raw.reshape(-1), states.tokens.sel(layer=layer).values.reshape(-1))
 
 
@@ -133,9 +133,11 @@ def test_an_architecture_without_known_modulation_says_so() -> None:
     dit = DiT(architectures.build("auraflow"), name="auraflow")
     images = np.zeros((1, dit.size, dit.size, 3), np.uint8)
     states = corr.read(dit, images, "a star", layers=(0,), ensemble=1)
-    assert corr.features(states, 0, adaln=False, discard=TopK(2)).shape == (1, *dit.grid(), dit.width)
-    with pytest.raises(ValueError, match="adaln=False"):
+    assert corr.features(states, 0, "norm", TopK(2)).shape == (1, *dit.grid(), dit.width)
+    with pytest.raises(ValueError, match="'raw' or 'norm'"):
         corr.features(states, 0)
+    with pytest.raises(ValueError, match="raw, norm, adaln"):
+        corr.features(states, 0, "cooked")
 
 
 def written(path, content) -> None:
