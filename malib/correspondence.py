@@ -216,6 +216,22 @@ def features(states: xr.Dataset, layer: int, kind: str = "adaln", discard: Rule 
     return tokens.unflatten(1, tuple(states.attrs["grid"])).numpy()
 
 
+def pixel_features(images: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """The plainest baseline: the pixels of each patch, less their mean over the picture.
+
+    Args:
+        images: uint8 (B, height, width, 3).
+        grid: (rows, columns) of patches.
+
+    Returns:
+        float32 (B, rows, columns, pixels of a patch * 3).
+    """
+    count, height, width, _ = images.shape
+    patches = images.reshape(count, grid[0], height // grid[0], grid[1], width // grid[1], 3).swapaxes(2, 3)
+    values = patches.reshape(count, *grid, -1).astype(np.float32) / 255
+    return values - values.mean((1, 2), keepdims=True)
+
+
 def similarity(
     source: np.ndarray,
     target: np.ndarray,
@@ -239,11 +255,12 @@ def similarity(
 
     height, width = target_size
     wanted = torch.nn.functional.normalize(_sampled(source, torch.as_tensor(points), source_size), dim=1)
-    columns, found = torch.arange(width) + 0.5, []
-    for y in torch.arange(height) + 0.5:  # row by row, for a picture's upsampled features can take gigabytes
-        row = _sampled(target, torch.stack([columns, y.expand(width)], dim=1), target_size)
-        found.append(wanted @ torch.nn.functional.normalize(row, dim=1).T)
-    return torch.stack(found, dim=1).numpy()
+    middles = torch.cartesian_prod(torch.arange(height) + 0.5, torch.arange(width) + 0.5).flip(1)
+    found = []
+    for part in middles.split(16384):  # a picture's upsampled features can take gigabytes
+        pixels = torch.nn.functional.normalize(_sampled(target, part, target_size), dim=1)
+        found.append(wanted @ pixels.T)
+    return torch.cat(found, dim=1).unflatten(1, (height, width)).numpy()
 
 
 def _sampled(values: np.ndarray, points: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -102,6 +102,14 @@ NOTEBOOKS = (
             "full": {"prompts": 32, "steps": 20, "ws": [0.25, 0.5, 1.0, 2.0, 4.0], "draws": 3},
         },
     ),
+    Notebook(
+        "08_correspondence",
+        ("layers", "ladder", "noise", "matches"),
+        {
+            "preview": {"pairs": 12, "ensemble": 2, "sigmas": [0.05, 0.26, 0.5]},
+            "full": {"pairs": 96, "ensemble": 8, "sigmas": [0.02, 0.1, 0.26, 0.4, 0.6, 0.8]},
+        },
+    ),
 )
 
 

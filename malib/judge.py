@@ -158,6 +158,18 @@ def read(images: np.ndarray, judge: Judge | None = None, batch_size: int = 64) -
     )
 
 
+@torch.no_grad()
+def dense_features(images: np.ndarray, judge: Judge | None = None) -> np.ndarray:
+    """The judge's own map of features, a baseline for correspondence: uint8 (B, 64, 64, 3) -> float32 (B, 16, 16, 96)."""
+    judge, seen = judge or load_judge(), []
+    handle = judge.up[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    try:
+        read(images, judge)
+    finally:
+        handle.remove()
+    return torch.cat(seen).permute(0, 2, 3, 1).numpy()
+
+
 def prompt_accuracy(reading: Reading, asked: Sequence[Scene]) -> dict[str, np.ndarray]:
     """Which attributes of each scene the images show.
 

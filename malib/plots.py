@@ -407,6 +407,8 @@ _MEASURES = {
     "preservation": "preservation of the target's ground",
     "composite": "composite (harmonic mean)",
     "clean": "pictures with exactly one subject",
+    "PCK@0.1": "PCK@0.1, per image",
+    "PCK@0.05": "PCK@0.05, per image",
 }
 
 
@@ -421,7 +423,7 @@ def strength(data: xr.Dataset) -> Figure:
     for axis, measure in zip(axes[0], measures, strict=True):
         axis.axhline(float(data.base.sel(measure=measure)), color="0.3", lw=1, ls="--", label="undisturbed")
         if "ceiling" in data:
-            label = data.attrs.get("ceiling", "the source itself")
+            label = data.attrs.get("ceiling_label", "the source itself")
             axis.axhline(float(data.ceiling.sel(measure=measure)), color="0.3", lw=1, ls=":", label=label)
         for place, rule in enumerate(data.rule.values):
             part, x = data.sel(rule=rule, measure=measure), data[x_name].values * (1 + 0.035 * (place - 2))
@@ -454,14 +456,21 @@ def _ratio_axis(axis: Any, measure: str) -> None:
 
 
 def sites(data: xr.Dataset) -> Figure:
-    """``mean``, ``low``, ``high`` (rule, site, measure), ``base`` (measure): the same disruption at different places."""
+    """``mean``, ``low``, ``high`` (rule, site, measure), ``base`` (measure): the same disruption at different places.
+
+    ``attrs`` may name the lines (``base_label``, ``ceiling_label``) and the ``title``.
+    """
     measures = _measures(data, ("agreement", "layout", "high_frequency", "distance"))
+    lines = {
+        name: data.attrs.get(f"{name}_label", usual)
+        for name, usual in (("base", "undisturbed"), ("ceiling", "the source itself"))
+    }
     figure, axes = _canvas(1, len(measures), (3.6 * len(measures), 3.9), squeeze=False)
     places = np.arange(data.sizes["site"])
     for axis, measure in zip(axes[0], measures, strict=True):
-        axis.axhline(float(data.base.sel(measure=measure)), color="0.3", lw=1, ls="--", label="undisturbed")
+        axis.axhline(float(data.base.sel(measure=measure)), color="0.3", lw=1, ls="--", label=lines["base"])
         if "ceiling" in data:
-            axis.axhline(float(data.ceiling.sel(measure=measure)), color="0.3", lw=1, ls=":", label="the source itself")
+            axis.axhline(float(data.ceiling.sel(measure=measure)), color="0.3", lw=1, ls=":", label=lines["ceiling"])
         for number, rule in enumerate(data.rule.values):
             part = data.sel(rule=rule, measure=measure)
             bars = np.stack([part["mean"] - part.low, part.high - part["mean"]])
@@ -480,7 +489,7 @@ def sites(data: xr.Dataset) -> Figure:
         f"{_MEASURES[measure].capitalize()}, {who}: least with {worst} ({float(top.min()):.2f}), "
         f"most with {best} ({float(top.max()):.2f})"
     )
-    return _finish(figure, title, data)
+    return _finish(figure, data.attrs.get("title", title), data)
 
 
 def losses(data: xr.Dataset) -> Figure:
@@ -518,6 +527,29 @@ def pictures(data: xr.Dataset) -> Figure:
     return _finish(
         figure, data.attrs.get("title", f"The same prompts and seeds, {data.attrs['k']} channels a block disturbed"), data
     )
+
+
+def matches(data: xr.Dataset) -> Figure:
+    """``image`` (pair, end, y, x, rgb), ``start`` (pair, point, axis), ``found`` (pair, method, point, axis), ``hit``."""
+    rows, methods = data.sizes["pair"], data["method"].values
+    figure, axes = _canvas(rows, len(methods), (3.1 * len(methods), 1.6 * rows + 0.8), squeeze=False)
+    for row in range(rows):
+        image, width = data.image.isel(pair=row).values.astype(np.uint8), data.sizes["x"]
+        for axis, method in zip(axes[row], methods, strict=True):
+            part = data.isel(pair=row).sel({"method": method})
+            axis.imshow(np.concatenate(list(image), axis=1), interpolation="nearest")
+            for (x, y), (u, v), hit in zip(part.start.values, part.found.values, part.hit.values, strict=True):
+                if np.isfinite(x):
+                    colour, style = (PALETTE[9], "-") if hit else (PALETTE[1], ":")
+                    axis.plot(
+                        [x - 0.5, u + width - 0.5], [y - 0.5, v - 0.5], color=colour, ls=style, lw=1.1, marker="o", ms=2.5
+                    )
+            axis.set(xticks=[], yticks=[])
+            if row == 0:
+                axis.set_title(str(method), fontsize=9)
+    share = data.hit.where(data.start.isel(axis=0).notnull()).mean(("pair", "point"))
+    told = ", ".join(f"{m} {float(share.sel({'method': m})):.0%}" for m in methods)
+    return _finish(figure, f"Points found again within 0.1 of the box (solid), others (dotted): {told}", data)
 
 
 def moves(data: xr.Dataset) -> Figure:
@@ -671,6 +703,29 @@ def interactive_map(values: xr.DataArray, image: np.ndarray, title: str) -> go.F
     figure.update_yaxes(visible=False)
     figure.update_yaxes(scaleanchor="x2", col=2)
     return figure.update_layout(height=340, width=720, margin={"l": 10, "r": 10, "t": 40, "b": 10})
+
+
+def interactive_match(
+    source: np.ndarray, target: np.ndarray, similarity: np.ndarray, point: np.ndarray, found: np.ndarray
+) -> go.Figure:
+    """Source with a point, target with its match, and the similarity (height, width) of every pixel of the target."""
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(
+        1, 3, subplot_titles=("source: click a point", "target: its match", "similarity"), horizontal_spacing=0.03
+    )
+    for column, image in ((1, source), (2, target)):
+        figure.add_trace(go.Image(z=image), 1, column)
+    figure.add_trace(go.Heatmap(z=similarity, colorscale="Viridis", colorbar_len=0.9), 1, 3)
+    for column, (x, y) in ((1, point), (2, found), (3, found)):
+        marker = {"size": 13, "symbol": "cross-thin", "line": {"width": 3, "color": "white"}}
+        figure.add_trace(go.Scatter(x=[x - 0.5], y=[y - 0.5], mode="markers", marker=marker, hoverinfo="skip"), 1, column)
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False)
+    figure.update_yaxes(autorange="reversed", scaleanchor="x3", col=3)
+    layout = {"height": 340, "width": 980, "showlegend": False, "margin": {"l": 10, "r": 10, "t": 40, "b": 10}}
+    return figure.update_layout(**layout)
 
 
 def interactive_spectrum(scores: xr.DataArray, k: int, title: str) -> go.Figure:

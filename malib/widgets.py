@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from . import edits, plots
+from . import correspondence, edits, plots
 from .channels import BottomK, RandomK, TopK
 from .generation import open_picture, png
 from .guidance import SkipLayerGuidance, controls
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     import plotly.graph_objects as go
 
+    from .correspondence import Pair
     from .dit import DiT
     from .generation import Comparison, Generation
 
@@ -389,6 +390,66 @@ def cluster(
         return clustered(dit, *given, steps=steps, cfg=cfg, guidance=guidance)
 
     return _board(show, text, [seed, rule, k], [layer, step, clusters])
+
+
+def corresponding(
+    dit: DiT, pair: Pair, point: np.ndarray, layer: int, kind: str, discarded: int, *, sigma: float, ensemble: int
+) -> go.Figure:
+    """A point of a pair's source and its match in the target, by the features of one block without its top channels."""
+    import numpy as np
+    from PIL import Image
+
+    ends = [pair.source, pair.target]
+    shown = np.stack([np.asarray(Image.fromarray(x).resize((dit.size, dit.size), Image.Resampling.BICUBIC)) for x in ends])
+    states = correspondence.read(dit, shown, f"a {pair.category}", sigma=sigma, ensemble=ensemble)
+    values = correspondence.features(states, layer, kind, TopK(discarded) if discarded else None)
+    sizes = pair.source.shape[:2], pair.target.shape[:2]
+    found = correspondence.match(*values, np.atleast_2d(point), *sizes)[0]
+    alike = correspondence.similarity(*values, np.atleast_2d(point), *sizes)[0]
+    return plots.interactive_match(*ends, alike, point, found)
+
+
+def correspond(dit: DiT, pairs: Sequence[Pair], *, sigma: float = 0.26, ensemble: int = 4) -> ipywidgets.VBox:
+    """Pair, block, features and number of discarded channels; a click into the source, or two sliders, set the point."""
+    import ipywidgets as w
+    import numpy as np
+    import plotly.graph_objects as go
+
+    which = w.IntSlider(1, 1, len(pairs), description="pair", continuous_update=False)
+    layer = w.Dropdown(options=[(b.name, b.layer) for b in dit.blocks], value=len(dit.blocks) // 2, description="block")
+    kinds = correspondence.KINDS if all(b.stack.modulation for b in dit.blocks) else correspondence.KINDS[:2]
+    kind = w.Dropdown(options=kinds, value=kinds[-1], description="features")
+    discarded = w.IntSlider(0, 0, min(16, dit.width // 2), description="discard", continuous_update=False)
+    x, y = (w.FloatSlider(0.5, min=0, max=1, step=0.005, description=name, continuous_update=False) for name in "xy")
+    status, output = w.HTML(), w.Output()
+
+    def clicked(trace: object, points: object, state: object) -> None:
+        if points.point_inds:
+            height, width = pairs[which.value - 1].source.shape[:2]
+            x.value, y.value = (points.xs[0] + 0.5) / width, (points.ys[0] + 0.5) / height
+
+    def show(_: object = None) -> None:
+        pair = pairs[which.value - 1]
+        height, width = pair.source.shape[:2]
+        point = np.array([x.value * width, y.value * height])
+        try:
+            given = (point, layer.value, kind.value, discarded.value)
+            figure = go.FigureWidget(corresponding(dit, pair, *given, sigma=sigma, ensemble=ensemble))
+        except Exception as error:  # shown beside the controls, where the person looks
+            status.value = f"<b>{error}</b>"
+            return
+        status.value = ""
+        figure.data[0].on_click(clicked)
+        output.clear_output(wait=True)
+        with output:
+            display(figure)
+
+    from IPython.display import display
+
+    for control in (which, layer, kind, discarded, x, y):
+        control.observe(show, "value")
+    show()
+    return w.VBox([w.HBox([which, layer, kind]), w.HBox([discarded, x, y]), status, output])
 
 
 def _prompt_and_seed(prompt: str) -> tuple[ipywidgets.Text, ipywidgets.BoundedIntText]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import malib
-from malib import figures, widgets
+from malib import correspondence, figures, widgets
 from malib.generation import png
 
 from .. import architectures
@@ -56,6 +56,8 @@ def test_discovery(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         ("06_subject_driven", "sd3", ["pairs=2", "steps=2", "k=2"]),
         ("07_detail_guidance", "mini-flux", ["prompts=2", "steps=2", "ws=[1.0]"]),
         ("07_detail_guidance", "sd3", ["prompts=2", "steps=2", "ws=[1.0]", "k=2"]),
+        ("08_correspondence", "mini-flux", ["pairs=3", "ensemble=1", "sigmas=[0.26]"]),
+        ("08_correspondence", "sd3", ["pairs=3", "ensemble=1", "sigmas=[0.26]"]),
     ],
 )
 def test_the_other_notebooks(
@@ -104,6 +106,19 @@ def test_the_guide_shows_both_pictures_and_says_what_cannot_be(flux_dit: malib.D
     box = widgets.guide(flux_dit, "a red star", steps=2, cfg=2.0)
     box.children[0].value = " "
     assert "non-empty text" in box.children[3].value
+
+
+def test_the_matcher_shows_the_match_of_the_point(flux_dit: malib.DiT) -> None:
+    pair = correspondence.scene_pairs(2)[1]
+    point = pair.source_points[0]
+    figure = widgets.corresponding(flux_dit, pair, point, 1, "adaln", 2, sigma=0.3, ensemble=1)
+    similarity, marks = figure.data[2].z, [(t.x[0] + 0.5, t.y[0] + 0.5) for t in figure.data[3:]]
+    best = np.unravel_index(np.argmax(similarity), similarity.shape)
+    assert marks == [tuple(point), *[(best[1] + 0.5, best[0] + 0.5)] * 2]
+    box = widgets.correspond(flux_dit, [pair], sigma=0.3, ensemble=1)
+    (_, x, _), status = box.children[1].children, box.children[2]
+    x.value = 0.25
+    assert status.value == ""
 
 
 def test_the_transporter_shows_source_target_and_result(flux_dit: malib.DiT) -> None:
