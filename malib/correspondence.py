@@ -136,6 +136,14 @@ def _annotations(root: Path, split: str, pattern: str) -> list[Path]:
     return found
 
 
+def resized(pictures: Sequence[np.ndarray], side: int) -> np.ndarray:
+    """Pictures of any sizes as squares, uint8 (n, side, side, 3); relative places stay what they were."""
+    from PIL import Image
+
+    squares = [Image.fromarray(x).resize((side, side), Image.Resampling.BICUBIC) for x in pictures]
+    return np.stack([np.asarray(square) for square in squares])
+
+
 def read(
     dit: DiT,
     images: np.ndarray,

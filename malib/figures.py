@@ -110,6 +110,14 @@ NOTEBOOKS = (
             "full": {"pairs": 96, "ensemble": 8, "sigmas": [0.02, 0.1, 0.26, 0.4, 0.6, 0.8]},
         },
     ),
+    Notebook(
+        "09_three_readings",
+        ("verdicts", "readings"),
+        {
+            "preview": {"prompts": 5, "pairs": 6, "steps": 6, "ensemble": 2, "ks": [2, 8, 32]},
+            "full": {"prompts": 32, "pairs": 48, "steps": 20, "ensemble": 8, "ks": [2, 8, 32]},
+        },
+    ),
 )
 
 

@@ -689,6 +689,46 @@ def embedding(data: xr.Dataset) -> Figure:
     return _finish(figure, title, data)
 
 
+def verdicts(data: xr.Dataset) -> Figure:
+    """``mean`` and ``verdict`` (claim, setting): the number of each claim under each setting, coloured by its verdict."""
+    kinds = {"holds": PALETTE[0], "undecided": (0.85, 0.85, 0.85), "does not hold": PALETTE[1]}
+    rows, columns = data.sizes["claim"], data.sizes["setting"]
+    figure, axis = _canvas(1, 1, (3.2 + 0.85 * columns, 1.9 + 0.42 * rows))
+    for (row, column), verdict in np.ndenumerate(data.verdict.values):
+        if verdict:
+            axis.add_patch(plt.Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, color=kinds[verdict], alpha=0.75, lw=0))
+            axis.text(column, row, f"{float(data['mean'][row, column]):+.2f}", ha="center", va="center", fontsize=8)
+    axis.set(xlim=(-0.55, columns - 0.45), ylim=(rows - 0.45, -0.55))
+    axis.set_xticks(range(columns), data.setting.values, rotation=35, ha="right")
+    axis.set_yticks(range(rows), [str(c).replace("_", " ") for c in data.claim.values])
+    for name, colour in kinds.items():
+        axis.scatter([], [], color=colour, marker="s", s=60, label=name)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    turning = sum(len({v for v in row if v} - {"undecided"}) > 1 for row in data.verdict.values)
+    return _finish(figure, f"{turning} of {rows} claims hold in one setting and fail in another", data)
+
+
+def readings(data: xr.Dataset) -> Figure:
+    """``mean``, ``low``, ``high`` (claim, channels), ``limit`` and ``setting`` (claim): each claim beside its control."""
+    rows = data.sizes["claim"]
+    figure, axis = _canvas(1, 1, (8.2, 1.6 + 0.55 * rows))
+    for number, name in enumerate(data.channels.values):
+        part, places = data.sel(channels=name), np.arange(rows) + 0.18 * (2 * number - 1)
+        bars = np.stack([part["mean"] - part.low, part.high - part["mean"]]).clip(0)
+        colour = (PALETTE[3], PALETTE[0])[number]
+        axis.errorbar(part["mean"], places, xerr=bars, ls="", marker="os"[number], ms=5, capsize=2, color=colour, label=name)
+    for row, limit in enumerate(data.limit.values):
+        axis.plot([limit, limit], [row - 0.4, row + 0.4], color="0.3", ls="--", lw=1, label="rule" if row == 0 else None)
+    labels = [f"{str(c).replace('_', ' ')}\n({s})" for c, s in zip(data.claim.values, data.setting.values, strict=True)]
+    axis.set_yticks(range(rows), labels, fontsize=8)
+    axis.invert_yaxis()
+    axis.set(xlabel="the claim's own number, see the table")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    massive, control = (data.sel(channels=name) for name in data.channels.values)
+    apart = int(((massive.low > control.high) | (massive.high < control.low)).sum())
+    return _finish(figure, f"In {apart} of {rows} tests the massive channels differ from others of equal energy", data)
+
+
 def interactive_map(values: xr.DataArray, image: np.ndarray, title: str) -> go.Figure:
     """One channel over the image grid, beside the image; ``values`` (row, column), ``image`` uint8 (height, width, 3)."""
     import plotly.graph_objects as go

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from . import correspondence, edits, plots
+from . import correspondence, edits, metrics, plots
 from .channels import BottomK, RandomK, TopK
 from .generation import open_picture, png
 from .guidance import SkipLayerGuidance, controls
@@ -18,6 +18,7 @@ from .spatial import on_grid
 if TYPE_CHECKING:
     import ipywidgets
     import numpy as np
+    import pandas as pd
     import plotly.graph_objects as go
 
     from .correspondence import Pair
@@ -397,10 +398,9 @@ def corresponding(
 ) -> go.Figure:
     """A point of a pair's source and its match in the target, by the features of one block without its top channels."""
     import numpy as np
-    from PIL import Image
 
     ends = [pair.source, pair.target]
-    shown = np.stack([np.asarray(Image.fromarray(x).resize((dit.size, dit.size), Image.Resampling.BICUBIC)) for x in ends])
+    shown = correspondence.resized(ends, dit.size)
     states = correspondence.read(dit, shown, f"a {pair.category}", sigma=sigma, ensemble=ensemble)
     values = correspondence.features(states, layer, kind, TopK(discarded) if discarded else None)
     sizes = pair.source.shape[:2], pair.target.shape[:2]
@@ -450,6 +450,35 @@ def correspond(dit: DiT, pairs: Sequence[Pair], *, sigma: float = 0.26, ensemble
         control.observe(show, "value")
     show()
     return w.VBox([w.HBox([which, layer, kind]), w.HBox([discarded, x, y]), status, output])
+
+
+def told(estimates: Mapping[tuple[str, str], metrics.Estimate], claim: str) -> pd.DataFrame:
+    """The number of a claim under every setting, with its verdict; ``estimates`` by (claim, setting)."""
+    import pandas as pd
+
+    found = {setting: value for (name, setting), value in estimates.items() if name == claim}
+    rows = [(setting, str(value), metrics.verdict(claim, value)) for setting, value in found.items()]
+    return pd.DataFrame(rows, columns=["setting", "measured", "verdict"])
+
+
+def claim(estimates: Mapping[tuple[str, str], metrics.Estimate]) -> ipywidgets.VBox:
+    """Pick a claim; its source, metric, rule and controls as written down, and its evidence."""
+    import ipywidgets as w
+
+    which = w.Dropdown(options=list(dict.fromkeys(name for name, _ in estimates)), description="claim")
+    text, table = w.HTML(), w.HTML()
+
+    def show(_: object = None) -> None:
+        about = metrics.claims()[which.value]
+        lines = {key: about[key] for key in ("source", "metric", "controls", "notebook")} | {
+            "rule": metrics.rule(which.value)
+        }
+        text.value = "<br>".join(f"<b>{name}</b>: {value}" for name, value in lines.items())
+        table.value = told(estimates, which.value).to_html(index=False, border=0)
+
+    which.observe(show, "value")
+    show()
+    return w.VBox([which, text, table])
 
 
 def _prompt_and_seed(prompt: str) -> tuple[ipywidgets.Text, ipywidgets.BoundedIntText]:

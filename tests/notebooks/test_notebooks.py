@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import malib
-from malib import correspondence, figures, widgets
+from malib import correspondence, figures, metrics, widgets
 from malib.generation import png
 
 from .. import architectures
@@ -58,6 +58,8 @@ def test_discovery(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         ("07_detail_guidance", "sd3", ["prompts=2", "steps=2", "ws=[1.0]", "k=2"]),
         ("08_correspondence", "mini-flux", ["pairs=3", "ensemble=1", "sigmas=[0.26]"]),
         ("08_correspondence", "sd3", ["pairs=3", "ensemble=1", "sigmas=[0.26]"]),
+        ("09_three_readings", "mini-flux", ["prompts=2", "pairs=2", "steps=2", "ensemble=1", "ks=[8]"]),
+        ("09_three_readings", "sd3", ["prompts=2", "pairs=2", "steps=2", "ensemble=1", "k=2", "ks=[2]"]),
     ],
 )
 def test_the_other_notebooks(
@@ -119,6 +121,18 @@ def test_the_matcher_shows_the_match_of_the_point(flux_dit: malib.DiT) -> None:
     (_, x, _), status = box.children[1].children, box.children[2]
     x.value = 0.25
     assert status.value == ""
+
+
+def test_the_claims_are_told_with_their_verdicts() -> None:
+    values = np.linspace(0.3, 0.5, 8)
+    estimates = {("disruption_collapses", name): metrics.bootstrap(values * s) for name, s in (("all", 1), ("one", 0.1))}
+    estimates["dg_adds_detail", "one"] = metrics.bootstrap(-values)
+    shown = widgets.told(estimates, "disruption_collapses")
+    assert shown.verdict.tolist() == ["holds", "does not hold"] and shown.setting.tolist() == ["all", "one"]
+    box = widgets.claim(estimates)
+    which, text, table = box.children
+    which.value = "dg_adds_detail"
+    assert "at least 0" in text.value and "does not hold" in table.value
 
 
 def test_the_transporter_shows_source_target_and_result(flux_dit: malib.DiT) -> None:
