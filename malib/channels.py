@@ -52,7 +52,19 @@ class Rule:
 
     def ids(self, x: Tensor, layer: int) -> Tensor:
         """(samples, k) channel ids, in the rule's own order."""
-        raise TypeError(f"{type(self).__name__} selects a varying number of channels; use a rule with a fixed k here.")
+        raise self._varying()
+
+    @property
+    def fixed_k(self) -> int:
+        """How many channels it selects, at most.
+
+        Raises:
+            TypeError: their number varies from sample to sample.
+        """
+        raise self._varying()
+
+    def _varying(self) -> TypeError:
+        return TypeError(f"{type(self).__name__} selects a varying number of channels; use a rule with a fixed k here.")
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,10 @@ class _Ranked(Rule):
             raise ValueError(f"k is {self.k}; a selection needs at least one channel.")
         if self.kind not in KINDS:
             raise ValueError(f"Score kind '{self.kind}' is unknown; use one of {', '.join(KINDS)}.")
+
+    @property
+    def fixed_k(self) -> int:
+        return self.k
 
 
 @dataclass(frozen=True)
@@ -116,6 +132,7 @@ class EnergyMatched(_Ranked):
     """
 
     seed: int = 0
+    fixed_k = Rule.fixed_k
 
     def mask(self, x: Tensor, layer: int) -> Tensor:  # noqa: D102
         energy = x.float().square().sum(1)
@@ -133,6 +150,11 @@ class Channels(Rule):
     """Given channels: one tuple of ids for all layers, or a mapping from layer to its tuple."""
 
     channels: tuple[int, ...] | Mapping[int, tuple[int, ...]]
+
+    @property
+    def fixed_k(self) -> int:  # noqa: D102
+        given = self.channels.values() if isinstance(self.channels, Mapping) else [self.channels]
+        return max(map(len, given), default=0)
 
     def ids(self, x: Tensor, layer: int) -> Tensor:  # noqa: D102
         ids = self.channels.get(layer, ()) if isinstance(self.channels, Mapping) else self.channels

@@ -65,6 +65,33 @@ class Window:
             if value is not None and not all(0 <= v < count for v in value):
                 raise ValueError(f"{name} {value} were asked for; this run has {name} 0 to {count - 1}.")
 
+    def entry(self, tokens: int, channels: int) -> int:
+        """Bytes that are kept at each entry of the axes; ``tokens`` and ``channels`` are those of the stream."""
+        return 0
+
+    def size(self, samples: int, steps: int, branches: int, layers: int, tokens: int, channels: int) -> int:
+        """Bytes that the record of a run may take, in memory and in the cache.
+
+        Args:
+            samples: prompts times seeds.
+            steps: denoising steps of the run.
+            branches: 2 with true guidance, 1 without.
+            layers: blocks of the model.
+            tokens: of the record's stream.
+            channels: width of the hidden states.
+        """
+        entries = self._entries(samples, steps, branches, layers)
+        return self.entry(tokens, channels) * math.prod(entries[a] for a in getattr(self, "keep", AXES))
+
+    def _entries(self, samples: int, steps: int, branches: int, layers: int) -> dict[str, int]:
+        """How many entries each axis of the record has."""
+        return {
+            "sample": samples,
+            "step": steps if self.steps is None else len(self.steps),
+            "branch": branches if self.branches is None else len(self.branches),
+            "layer": layers if self.layers is None else len(self.layers),
+        }
+
     def wants_site(self, layer: int, stream: str, point: str) -> bool:
         """Whether any event of this site can matter."""
         return stream == self.stream and point == self.point and (self.layers is None or layer in self.layers)
@@ -118,6 +145,15 @@ class ChannelStats(Window):
         if not set(self.keep) <= set(AXES):
             raise ValueError(f"keep={self.keep} names an unknown axis; use some of {', '.join(AXES)}.")
 
+    def entry(self, tokens: int, channels: int) -> int:  # noqa: D102
+        spread = self.keep != AXES  # then the score's standard deviation as well
+        return 4 * (len(STATISTICS) + spread) * channels
+
+    def size(self, samples: int, steps: int, branches: int, layers: int, tokens: int, channels: int) -> int:  # noqa: D102
+        run = (samples, steps, branches, layers)
+        listed = 8 * min(self.top, channels) * math.prod(self._entries(*run).values())
+        return super().size(*run, tokens, channels) + listed
+
     def start(self, run: Run) -> _ChannelStatsListener:
         """A listener that fills the record."""
         return _ChannelStatsListener(self, run)
@@ -138,6 +174,13 @@ class HiddenStates(Window):
     tokens: tuple[int, ...] | None = None
     max_bytes: int = 2 * 2**30
 
+    def entry(self, tokens: int, channels: int) -> int:  # noqa: D102
+        kept = tokens if self.tokens is None else len(self.tokens)
+        if isinstance(self.channels, Rule):
+            k = self.channels.fixed_k
+            return 4 * k * kept + 4 * k
+        return 4 * kept * (channels if self.channels is None else len(self.channels))
+
     def start(self, run: Run) -> _HiddenStatesListener:
         """A listener that fills the record."""
         return _HiddenStatesListener(self, run)
@@ -151,6 +194,9 @@ class Gates(Window):
     points: ClassVar[tuple[str, ...]] = ("gate",)
     point: str = field(default="gate", init=False)
 
+    def entry(self, tokens: int, channels: int) -> int:  # noqa: D102
+        return 4 * 2 * channels  # attention and MLP
+
     def start(self, run: Run) -> _GatesListener:
         """A listener that fills the record."""
         return _GatesListener(self, run)
@@ -163,6 +209,9 @@ class Modulation(Window):
     version: ClassVar[int] = 1
     points: ClassVar[tuple[str, ...]] = ("modulation",)
     point: str = field(default="modulation", init=False)
+
+    def entry(self, tokens: int, channels: int) -> int:  # noqa: D102
+        return 4 * 2 * channels
 
     def start(self, run: Run) -> _GatesListener:
         """A listener that fills the record."""
@@ -186,6 +235,9 @@ class Clusters(Window):
     channels: Rule = field(default=TopK(12))
     clusters: int = 2
     seed: int = 0
+
+    def entry(self, tokens: int, channels: int) -> int:  # noqa: D102
+        return 5 * tokens
 
     def start(self, run: Run) -> _ClustersListener:
         """A listener that fills the record."""
@@ -225,16 +277,10 @@ class _Listener:
         """Forget an unfinished batch."""
         self._batch.clear()
 
-    def refuse_larger(self, kept: int, axes: tuple[str, ...] = AXES) -> None:
-        """Called at the first event, before anything was kept: ``kept`` fp32 numbers at each entry of the axes."""
+    def refuse_larger(self, x: Tensor) -> None:
+        """Called at the first event, before anything was kept."""
         r, run = self.record, self.run
-        entries = {
-            "sample": run.samples,
-            "step": run.steps if r.steps is None else len(r.steps),
-            "branch": 2 if r.branches is None else len(r.branches),
-            "layer": len(run.blocks) if r.layers is None else len(r.layers),
-        }
-        size = 4 * kept * math.prod(entries[a] for a in axes)
+        size = r.size(run.samples, run.steps, 2 if run.cfg > 1 else 1, len(run.blocks), x.shape[1], x.shape[2])
         name = type(r).__name__
         if size > r.max_bytes:
             raise ValueError(
@@ -277,7 +323,7 @@ class _ChannelStatsListener(_Listener):
         if not self.record.covers(event):
             return
         if not self._checked:
-            self.refuse_larger(x.shape[2] * len(STATISTICS), self.record.keep)
+            self.refuse_larger(x)
             self._checked = True
         x = x.float()
         size = x.abs()
@@ -379,7 +425,8 @@ class _HiddenStatesListener(_Listener):
         channels, tokens = self.record.channels, self.record.tokens
         site = (event.step, event.branch, event.layer)
         if not self._checked:
-            self._check_size(x)
+            self.refuse_larger(x)
+            self._checked = True
         if tokens is not None:
             if max(tokens) >= x.shape[1]:
                 raise ValueError(f"Token {max(tokens)} was asked for; this run has tokens 0 to {x.shape[1] - 1}.")
@@ -395,15 +442,6 @@ class _HiddenStatesListener(_Listener):
                 raise ValueError(f"Channel {max(channels)} was asked for; this model has 0 to {x.shape[2] - 1}.")
             chosen = chosen[:, :, list(channels)]
         self.keep("value", site, chosen.float() if chosen is not x else x.float().clone())
-
-    def _check_size(self, x: Tensor) -> None:
-        channels, tokens = self.record.channels, self.record.tokens
-        if isinstance(channels, Rule):
-            width = channels.ids(x, 0).shape[1]
-        else:
-            width = x.shape[2] if channels is None else len(channels)
-        self.refuse_larger(width * (x.shape[1] if tokens is None else len(tokens)))
-        self._checked = True
 
     def dataset(self) -> xr.Dataset:
         import xarray as xr

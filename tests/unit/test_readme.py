@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from malib import families, figures
+from malib import ChannelStats, Clusters, DiT, Gates, HiddenStates, TopK, families, figures
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -53,3 +53,51 @@ def test_the_table_of_architectures_is_that_of_the_rows() -> None:
     assert len(table) == len(families.FAMILIES)
     for line, family in zip(table, families.FAMILIES, strict=True):
         assert f"`{family.pipeline or family.transformer}`" in line and line.endswith(row_of(family))
+
+
+RUNS = {  # blocks, width and image tokens at 1024 x 1024 (mini-flux: 64 x 64); steps and branches of data/models.yaml
+    "mini-flux": (20, 2, 5, 256, 384),
+    "FLUX.1-dev": (28, 1, 57, 4096, 3072),
+    "Qwen-Image": (50, 2, 60, 4096, 3072),
+    "SD3 medium": (28, 2, 24, 4096, 1536),
+    "SANA 1.5 1.6B": (20, 2, 20, 1024, 2240),
+}
+RECORDS = {
+    "`ChannelStats()`": ChannelStats(),
+    '`ChannelStats(keep=("layer",), top=0)`': ChannelStats(keep=("layer",), top=0),
+    "`Gates()`": Gates(),
+    "`Clusters()`": Clusters(),
+    "`HiddenStates(channels=TopK(8))`": HiddenStates(channels=TopK(8)),
+    "`HiddenStates(layers=3, steps=0)`": HiddenStates(layers=3, steps=0),
+    "`HiddenStates()`": HiddenStates(),
+}
+
+
+def size_table() -> str:
+    lines = [f"| record | {' | '.join(RUNS)} |", "|---" * (1 + len(RUNS)) + "|"]
+    for name, record in RECORDS.items():
+        found = [record.size(1, *run) / 2**20 for run in RUNS.values()]
+        cells = [f"{mib:.1f} MiB" if mib < 1024 else f"{mib / 1024:,.0f} GiB" for mib in found]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def test_the_table_of_sizes_is_what_the_records_say() -> None:
+    assert README.split("<!-- sizes -->")[1].split("<!-- /sizes -->")[0].strip() == size_table()
+
+
+def test_a_record_is_no_larger_than_it_said(flux_dit: DiT) -> None:
+    for record in (
+        ChannelStats(),
+        ChannelStats(keep=("layer",), top=0),
+        Gates(layers=0),
+        HiddenStates(channels=TopK(3)),
+        HiddenStates(layers=1),
+        Clusters(),
+    ):
+        run = flux_dit.generate(["a star", "a ring"], steps=2, cfg=3.0, record=[record])
+        (found,) = vars(run.records).values()
+        said = record.size(2, 2, 2, len(flux_dit.blocks), 64, flux_dit.width)
+        assert sum(v.nbytes for v in found.data_vars.values()) <= said
+        if not isinstance(record, Gates):
+            assert sum(v.nbytes for v in found.data_vars.values()) == said
