@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 EPSILON = 1e-6
+LARGEST = 2**34
 KINDS = ("raw", "norm", "adaln")
 
 
@@ -159,7 +160,7 @@ def read(
         dit: any model that pictures can enter.
         images: uint8 (B, height, width, 3), of one size.
         prompts: what the pictures show, one for all or one a picture.
-        layers: blocks, counted over all block stacks; None for all.
+        layers: blocks, counted over all block stacks; None for all, which of a large model is gigabytes a picture.
         sigma: noise level in (0, 1]; the paper has 0.26 for FLUX.1.
         ensemble: number of noises, the same for all pictures; the paper has 8.
 
@@ -170,22 +171,27 @@ def read(
     import xarray as xr
 
     asked = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
-    window = {"layers": layers, "branches": "cond"}
-    record, found = [HiddenStates(point="input", **window), Modulation(**window)], []
-    at_once = max(1, dit.batch_size // ensemble)
-    for first in range(0, len(images), at_once):  # the states of all noises at once would fill the memory
+    layers = range(len(dit.blocks)) if layers is None else layers
+    window = {"layers": tuple(layers), "branches": "cond"}
+    record = [HiddenStates(point="input", max_bytes=LARGEST, **window), Modulation(**window)]
+    rows, columns = dit.grid(images.shape[1:3])
+    one = record[0].size(1, 1, 1, len(dit.blocks), rows * columns, dit.width)
+    at_once, found = max(1, min(dit.batch_size, 2**30 // one)), []
+    for first in range(0, len(images), at_once):
         part = slice(first, first + at_once)
-        count = len(images[part])
-        repeated, texts = np.repeat(images[part], ensemble, axis=0), [t for t in asked[part] for _ in range(ensemble)]
-        start, seeds = Renoised(repeated, sigma), list(range(ensemble)) * count
-        run = dit.generate(texts, seeds, steps=1, cfg=1.0, start=start, record=record).records
-        values = {"tokens": run.hidden_states.value}
-        if "value" in run.modulation:
-            values |= {name: run.modulation.value.sel(gate=name, drop=True) for name in ("shift", "scale")}
-        data = xr.Dataset({name: v.isel(step=0, branch=0, drop=True) for name, v in values.items()})
-        data = data.drop_vars(["prompt", "seed", "sample"], errors="ignore")
-        found.append(data.coarsen(sample=ensemble).mean().rename(sample="picture"))
-    return xr.concat(found, "picture").assign_attrs(grid=dit.grid(images.shape[1:3]))
+        start = Renoised(images[part], sigma)
+        total = None
+        for seed in range(ensemble):  # averaged one by one, for the states of all noises at once would fill the memory
+            seeds = [seed] * len(images[part])
+            run = dit.generate(asked[part], seeds, steps=1, cfg=1.0, start=start, record=record).records
+            values = {"tokens": run.hidden_states.value}
+            if "value" in run.modulation:
+                values |= {name: run.modulation.value.sel(gate=name, drop=True) for name in ("shift", "scale")}
+            data = xr.Dataset({name: v.isel(step=0, branch=0, drop=True) for name, v in values.items()})
+            data = data.drop_vars(["prompt", "seed", "sample"], errors="ignore").rename(sample="picture")
+            total = data if total is None else total + data
+        found.append(total / ensemble)
+    return xr.concat(found, "picture").assign_attrs(grid=(rows, columns))
 
 
 def features(states: xr.Dataset, layer: int, kind: str = "adaln", discard: Rule | None = None) -> np.ndarray:

@@ -89,6 +89,12 @@ def load(
     """
     import torch
 
+    opening = {"device": device, "dtype": dtype, "revision": revision, "device_map": device_map, "offload": offload}
+    settings = {"cache": cache, "batch_size": batch_size}
+    if hasattr(model, "components"):
+        if given := [name for name, value in {**opening, "quantize": quantize}.items() if value is not None]:
+            raise ValueError(f"{', '.join(given)} cannot be set on a pipeline that is open already; open it with them.")
+        return DiT(model, **settings)
     gpu = torch.cuda.is_available()
     device = device or ("cuda" if gpu else "cpu")
     dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
@@ -101,9 +107,6 @@ def load(
             raise ValueError(f"{name} '{value}' is unknown; use {', '.join(a for a in allowed if a)}.")
     if (offload or quantize) and not gpu:
         raise ValueError(f"{'offload' if offload else 'quantize'} needs a GPU and there is none; leave it away.")
-    settings = {"cache": cache, "batch_size": batch_size}
-    if hasattr(model, "components"):
-        return DiT(model, **settings)
     known = preset_of(model)
     source = data_folder() / BUNDLED if str(model) == BUNDLED else known.get("id", model)
     asked = {"revision": revision, "device_map": device_map}
@@ -246,16 +249,19 @@ class DiT:
         return set(scenes.VOCABULARY) <= known and len(known) < 1000  # only tokenizers of our own are so small
 
     def prompts(self, count: int) -> list[str]:
-        """``count`` prompts that suit the model: scene captions for mini-flux, everyday ones (data/prompts) for others.
+        """``count`` prompts that suit the model: scene captions for mini-flux, else everyday ones (data/prompts) or classes.
 
         Raises:
             ValueError: more prompts than there are.
         """
         if self._knows_scenes():
             return scenes.captions(count)
-        found = (data_folder() / "prompts" / "everyday.txt").read_text().splitlines()
+        if self.family.classes:
+            found = list(self.pipeline.labels) or [str(i) for i in range(1000)]
+        else:
+            found = (data_folder() / "prompts" / "everyday.txt").read_text().splitlines()
         if count > len(found):
-            raise ValueError(f"{count} prompts were asked for; data/prompts/everyday.txt has {len(found)}.")
+            raise ValueError(f"{count} prompts were asked for; there are {len(found)} for {self.name}.")
         return found[:count]
 
     @property
@@ -460,6 +466,8 @@ class DiT:
                 arguments["sigmas"] = [start.sigma * (1 - i / steps) for i in range(steps)]
             else:
                 first = self._timestep(start.sigma)
+                if steps > first + 1:
+                    raise ValueError(f"Below sigma {start.sigma:g} lie {first + 1} timesteps; use at most so many steps.")
                 arguments["timesteps"] = [round(first * (1 - i / steps)) for i in range(steps)]
         return arguments
 
@@ -587,7 +595,7 @@ class DiT:
         clean = self.encode(images)
         if source.route == "noise":
             noise = self._noise(tuple(clean.shape), seeds)
-            return lambda sigma: clean.lerp(noise, sigma)
+            return lambda sigma: clean.to(noise.dtype).lerp(noise, sigma)
         path = self.invert(images, prompts, steps, guidance)
 
         def at(sigma: float) -> torch.Tensor:
@@ -642,7 +650,7 @@ class DiT:
     def _mixed(self, clean: torch.Tensor, noise: torch.Tensor, sigma: float) -> torch.Tensor:
         """Pictures at a noise level, as the model has been trained on them."""
         if self.family.pictures == "flow":
-            return clean.lerp(noise, sigma)
+            return clean.to(noise.dtype).lerp(noise, sigma)
         kept = float(self.pipeline.scheduler.alphas_cumprod[self._timestep(sigma)])
         return kept**0.5 * clean + (1 - kept) ** 0.5 * noise
 
@@ -710,8 +718,8 @@ class DiT:
     def _check_pictures(self, ways: tuple[str, ...] = ("flow", "ddpm")) -> None:
         if self.family.pictures not in ways:
             raise ValueError(
-                f"Pictures cannot enter {type(self.pipeline).__name__} yet; use a prompt as the source, or a model such as "
-                "FLUX.1, SD3 or Sana."
+                f"Pictures cannot enter or leave the latents of {type(self.pipeline).__name__} here; take a model that the "
+                "README lists with pictures as a source, such as FLUX.1, SD3 or Sana."
             )
 
     def _class_ids(self, prompts: list[str]) -> list[int]:

@@ -78,7 +78,8 @@ class Family:
         patch: latent pixels a side of a token; None where the transformer's config says so (``patch_size``).
         latents: dtype in which the pipeline draws its noise; None for that of the weights.
         pictures: how pictures can enter: "flow", in a rectified flow (``Renoised``, ``Pictures``); "ddpm", as a start alone
-            (``Renoised``); None, not yet, for the latents are no more than scaled and shifted in the two others.
+            (``Renoised``); None, not at all here: the latents are normalised by channel (FLUX.2, Qwen-Image), the pipeline
+            takes no sigmas (CogView4), or no latents (DiT).
         sequence_tokenizer: the tokenizer whose ``model_max_length`` is the length of the text stream, if it is variable.
         classes: whether it draws ImageNet classes; prompts are then class names or numbers.
         pipeline: class name of the pipeline, where several share a transformer.
@@ -280,6 +281,7 @@ FAMILIES = (
         order=("cond", "uncond"),
         cfg_argument="guidance_scale",
         conditioning=("encoder_hidden_states",),
+        latents="float32",
         pictures=None,
     ),
     Family(

@@ -215,6 +215,8 @@ def parameters_for(notebook: Notebook, tier: str, given: dict[str, Any]) -> dict
 
     preset = {name: value for name, value in preset_of(given.get("model", "")).items() if name in known}
     wanted = {**notebook.tiers[tier], **preset, **given}
+    if "ks" in known and "ks" not in given and "k" in wanted:
+        wanted["ks"] = sorted({*wanted["ks"], wanted["k"]})  # the verdicts are read at k
     for name in wanted:
         if name not in known:
             raise RunError(f"'{name}' is not a parameter of {notebook.name}; it has {', '.join(known)}.")
@@ -317,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tier", choices=TIERS, default="preview", help="preview: minutes; full: the paper's figures")
     parser.add_argument("--list", action="store_true", help="list the figures and stop")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="figures or notebooks")
-    parser.add_argument("--model", help="mini-flux (default), a folder, or a hub id")
+    parser.add_argument("--model", help="mini-flux (default), a short name of data/models.yaml, a folder, or a hub id")
     parser.add_argument("--device", help="cpu, cuda, mps (default: a GPU when there is one)")
     parser.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="a notebook parameter")
     parser.add_argument("--out", type=Path, help="where to write (default: figures/preview or figures/paper)")

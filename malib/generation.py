@@ -56,12 +56,14 @@ def open_picture(source: str | Path | bytes, size: tuple[int, int]) -> np.ndarra
 class Renoised:
     """Where a generation begins: given pictures under noise, ``(1 - sigma) * latents + sigma * noise``.
 
+    A model trained as DDPM (PixArt) reads ``sqrt(1 - sigma²) * latents + sigma * noise`` instead, at its nearest timestep.
     With one step the model reads the pictures at exactly this sigma, and the image is its one-step guess at them (rectified
     flow). The noise is that of the sample's seed, the same as in a plain generation.
 
     Attributes:
         images: uint8 (samples, height, width, 3), one a prompt.
-        sigma: noise level, above 0 and at most 1; the steps of the call lead evenly from here to 0.
+        sigma: noise level, above 0 and at most 1; the steps of the call lead from here to 0, evenly in sigma (DDPM: in
+            timesteps).
     """
 
     version: ClassVar[int] = 1

@@ -60,7 +60,7 @@ class Listener(Protocol):
         """Asked once for each site before the run; hooks are registered for wanted sites alone."""
 
     def __call__(self, event: Event, x: Tensor) -> None:
-        """``x`` is (samples, tokens, channels), or (samples, channels) for a gate."""
+        """``x`` is (samples, tokens, channels); (samples, channels) for a gate; of the latents' shape for the velocity."""
 
 
 def blocks_of(transformer: nn.Module, family: Family) -> list[Block]:
@@ -288,9 +288,9 @@ class Tap(AbstractContextManager):
             send((table[None] + timestep.reshape(len(timestep), *table.shape))[:, gate.index])
 
         def after(module: nn.Module, args: tuple, output: Any) -> None:
-            if isinstance(output, Tensor):
+            if parts:
                 send(output)
-            elif len(output) > gate.index:  # the last SD3 block has no text gates
+            elif isinstance(output, tuple) and len(output) > gate.index:  # the last SD3 block has no text gates
                 send(output[gate.index])
 
         if gate.module is None:

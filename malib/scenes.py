@@ -210,15 +210,15 @@ def render(scene: Scene) -> Rendering:
 
 
 def key_points(scene: Scene) -> list[np.ndarray]:
-    """Points of each subject that every picture of its shape has, in one order; exact, found without drawing.
+    """Points of each subject that every picture of its shape has, in one order; exact, from the numbers it is drawn from.
 
     Returns:
         For each subject (n, 2): x and y in pixels, the middle of the first pixel being (0.5, 0.5). Of a circle and a ring
-        the four outermost points (and the ring's four innermost), of all others the corners. Shapes that look the same
-        after a turn are never turned by more than 9 degrees, so that their points can be told from each other.
+        the four outermost points (and the ring's four innermost), of all others the corners. No shape is turned by more
+        than 9 degrees, so that the points of those that look the same after a turn can be told from each other.
     """
     rng = np.random.default_rng([scene.seed, 11])
-    _background(scene, rng)
+    _background(scene, rng)  # draws from rng what comes before the subjects
     found = []
     for subject, centre in zip(scene.subjects, _centres(scene, rng), strict=True):
         radius, angle = rng.uniform(*_RADIUS[subject.size]), np.deg2rad(rng.uniform(-9, 9))

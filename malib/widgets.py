@@ -401,7 +401,8 @@ def corresponding(
 
     ends = [pair.source, pair.target]
     shown = correspondence.resized(ends, dit.size)
-    states = correspondence.read(dit, shown, f"a {pair.category}", sigma=sigma, ensemble=ensemble)
+    prompt = f"a {pair.category}"
+    states = correspondence.read(dit, shown, prompt, layers=[layer], sigma=sigma, ensemble=ensemble)
     values = correspondence.features(states, layer, kind, TopK(discarded) if discarded else None)
     sizes = pair.source.shape[:2], pair.target.shape[:2]
     found = correspondence.match(*values, np.atleast_2d(point), *sizes)[0]
@@ -414,6 +415,7 @@ def correspond(dit: DiT, pairs: Sequence[Pair], *, sigma: float = 0.26, ensemble
     import ipywidgets as w
     import numpy as np
     import plotly.graph_objects as go
+    from IPython.display import display
 
     which = w.IntSlider(1, 1, len(pairs), description="pair", continuous_update=False)
     layer = w.Dropdown(options=[(b.name, b.layer) for b in dit.blocks], value=len(dit.blocks) // 2, description="block")
@@ -421,14 +423,19 @@ def correspond(dit: DiT, pairs: Sequence[Pair], *, sigma: float = 0.26, ensemble
     kind = w.Dropdown(options=kinds, value=kinds[-1], description="features")
     discarded = w.IntSlider(0, 0, min(16, dit.width // 2), description="discard", continuous_update=False)
     x, y = (w.FloatSlider(0.5, min=0, max=1, step=0.005, description=name, continuous_update=False) for name in "xy")
-    status, output = w.HTML(), w.Output()
+    status, output, moving = w.HTML(), w.Output(), {"now": False}
 
     def clicked(trace: object, points: object, state: object) -> None:
         if points.point_inds:
             height, width = pairs[which.value - 1].source.shape[:2]
+            moving["now"] = True  # two sliders move, the point but once
             x.value, y.value = (points.xs[0] + 0.5) / width, (points.ys[0] + 0.5) / height
+            moving["now"] = False
+            show()
 
     def show(_: object = None) -> None:
+        if moving["now"]:
+            return
         pair = pairs[which.value - 1]
         height, width = pair.source.shape[:2]
         point = np.array([x.value * width, y.value * height])
@@ -443,8 +450,6 @@ def correspond(dit: DiT, pairs: Sequence[Pair], *, sigma: float = 0.26, ensemble
         output.clear_output(wait=True)
         with output:
             display(figure)
-
-    from IPython.display import display
 
     for control in (which, layer, kind, discarded, x, y):
         control.observe(show, "value")

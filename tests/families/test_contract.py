@@ -219,6 +219,14 @@ def test_gates_are_what_the_blocks_multiply_with(any_dit: DiT) -> None:
         torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
 
 
+def test_gates_of_the_text_stop_where_its_stream_does(any_dit: DiT) -> None:
+    run = any_dit.generate(PROMPTS, steps=1, cfg=1.0, record=[Gates(stream="text")]).records.gates
+    known = any(gate.stream == "text" for stack in any_dit.family.stacks for gate in stack.gates)
+    assert ("value" in run) == known
+    if any_dit.name == "sd3":  # the last block has no text gates
+        assert list(run.layer) == [0, 1] and run.value.notnull().all()
+
+
 @pytest.mark.parametrize("where", ["block", "scheduler", "record", "edit"])
 def test_after_an_exception_the_model_is_as_before(any_dit: DiT, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reference = any_dit.generate(PROMPTS, steps=STEPS)
@@ -470,6 +478,26 @@ def test_starting_from_pictures(any_dit: DiT) -> None:
         noise = any_dit.generate(PROMPTS, steps=1, start=Renoised(images, 1.0))
         np.testing.assert_allclose(noise.latents, any_dit.generate(PROMPTS, steps=1).latents, atol=1e-5)
     assert any_dit.pipeline.scheduler is own
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "sana", "pixart", "auraflow", "chroma", "z-image"])
+def test_pictures_enter_in_bf16_too(name: str) -> None:
+    """Some pipelines draw their noise in fp32 whatever the weights are."""
+    dit = DiT(architectures.build(name).to(torch.bfloat16), name=name)
+    images = np.random.default_rng(0).integers(0, 255, size=(1, dit.size, dit.size, 3), dtype=np.uint8)
+    run = dit.generate(PROMPTS[0], steps=1, cfg=1.0, start=Renoised(images, 0.5), record=[ChannelStats(top=0)])
+    assert np.isfinite(run.latents).all() and run.records.channel_stats.score.notnull().all()
+
+
+def test_classes_are_the_prompts_of_a_class_conditional_model() -> None:
+    dit = DiT(architectures.build("dit-xl"), name="dit-xl")
+    names = dit.prompts(3)
+    by_name, by_number = (dit.generate(p, steps=1).latents for p in (names, [str(dit.pipeline.labels[n]) for n in names]))
+    assert np.array_equal(by_name, by_number)
+    with pytest.raises(ValueError, match="no class"):
+        dit.generate("a purple cow", steps=1)
+    with pytest.raises(ValueError, match="32 x 32 pixels alone"):
+        dit.generate(names, steps=1, size=(32, 64))
 
 
 def once(dit: DiT) -> malib.Generation:

@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub.errors import GatedRepoError
 
 import malib
-from malib import DiT
+from malib import DiT, figures
 from malib.dit import data_folder, preset_of
 
 from .. import architectures
@@ -44,6 +44,16 @@ def test_every_preset_names_its_source() -> None:
     assert preset_of("mini-flux") == {}
 
 
+def test_the_runner_takes_the_preset_and_keeps_k_among_ks() -> None:
+    for notebook in figures.NOTEBOOKS:
+        for name in ("flux-dev", "black-forest-labs/FLUX.1-dev"):
+            wanted = figures.parameters_for(notebook, "full", {"model": name})
+            assert "ks" not in wanted or (12 in wanted["ks"] and wanted["ks"] == sorted(wanted["ks"]))
+            assert wanted.get("steps", 28) == 28 and wanted.get("guidance", 3.5) == 3.5
+        given = figures.parameters_for(notebook, "preview", {"model": "flux-dev", "steps": 3} if "steps" in wanted else {})
+        assert given.get("steps", 3) == 3
+
+
 def test_a_short_name_opens_its_checkpoint_with_its_settings(opened: list[tuple]) -> None:
     dit = malib.load("flux-dev", revision="v1", dtype="bfloat16", device="cpu", cache=False)
     assert opened == [("black-forest-labs/FLUX.1-dev", {"use_safetensors": True, "dtype": torch.bfloat16, "revision": "v1"})]
@@ -55,6 +65,8 @@ def test_a_short_name_opens_its_checkpoint_with_its_settings(opened: list[tuple]
 def test_an_open_pipeline_is_taken_as_it_is() -> None:
     pipeline = architectures.build("sd3")
     assert malib.load(pipeline, cache=False).pipeline is pipeline
+    with pytest.raises(ValueError, match="dtype, offload cannot be set"):
+        malib.load(pipeline, offload="model", dtype="bfloat16")
 
 
 def test_pickled_weights_are_not_read(tmp_path) -> None:
