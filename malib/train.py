@@ -75,7 +75,7 @@ PRESETS = {
         Preset("tiny", 2, 1, 4, steps=1000, batch=32, scenes=8000, vae_channels=(16, 32), vae_steps=300),
         Preset("small", 4, 1, 4, steps=1000, batch=32, scenes=8000, vae_channels=(16, 32), vae_steps=300),
         Preset("medium", 6, 1, 4, steps=1000, batch=32, scenes=8000, vae_channels=(16, 32), vae_steps=300),
-        Preset("mini", 6, 1, 4, steps=12250, batch=32, decay_share=0.12, vae_steps=1200),
+        Preset("mini", 6, 1, 4, steps=15750, batch=32, decay_share=0.222, shift=5.0, focus=0.5, vae_steps=1200),
         Preset("base", 8, 2, 6, steps=40_000, batch=128, learning_rate=7e-4, ema=0.9995, scenes=200_000),
     )
 }
