@@ -25,7 +25,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class DetailGuidance(Window):
+class _Guide(Window):
+    """Acts on the velocity of the cond branch; its companions are the targets once more, degraded at one layer."""
+
+    points: ClassVar[tuple[str, ...]] = ("velocity",)
+    companions: ClassVar[tuple[str, ...]] = ("degraded",)
+
+    w: float
+    layer: int
+    branches: tuple[str, ...] = field(default=("cond",), init=False)
+    stream: str = field(default="image", init=False)
+    point: str = field(default="velocity", init=False)
+    layers: None = field(default=None, init=False)
+
+
+@dataclass(frozen=True)
+class DetailGuidance(_Guide):
     """Guide away from the model whose massive channels are disrupted at one layer; ``DiT.generate(..., guide=...)``.
 
     The selection is recorded as ``mask`` (sample, step, branch, layer, channel). The controls are other rules and modes.
@@ -39,18 +54,10 @@ class DetailGuidance(Window):
     """
 
     version: ClassVar[int] = 1
-    points: ClassVar[tuple[str, ...]] = ("velocity",)
-    companions: ClassVar[tuple[str, ...]] = ("degraded",)
 
-    w: float
-    layer: int
     rule: Rule = field(default_factory=lambda: TopK(8))
     mode: str = "zero"
     seed: int = 0
-    branches: tuple[str, ...] = field(default=("cond",), init=False)
-    stream: str = field(default="image", init=False)
-    point: str = field(default="velocity", init=False)
-    layers: None = field(default=None, init=False)
 
     @property
     def degradation(self) -> Disrupt:
@@ -64,7 +71,7 @@ class DetailGuidance(Window):
 
 
 @dataclass(frozen=True)
-class SkipLayerGuidance(Window):
+class SkipLayerGuidance(_Guide):
     """Guide away from the model that lacks one block; ``DiT.generate(..., guide=...)``.
 
     Attributes:
@@ -73,15 +80,6 @@ class SkipLayerGuidance(Window):
     """
 
     version: ClassVar[int] = 1
-    points: ClassVar[tuple[str, ...]] = ("velocity",)
-    companions: ClassVar[tuple[str, ...]] = ("degraded",)
-
-    w: float
-    layer: int
-    branches: tuple[str, ...] = field(default=("cond",), init=False)
-    stream: str = field(default="image", init=False)
-    point: str = field(default="velocity", init=False)
-    layers: None = field(default=None, init=False)
 
     def start(self, run: Run) -> _SkipListener:
         """A listener that applies the guidance."""
@@ -112,9 +110,9 @@ class _GuidanceListener(_Listener):
     """Adds w (D(c) - D_m(c)) to the velocity and keeps the degraded companions on their originals' path."""
 
     writes = True
-    record: DetailGuidance | SkipLayerGuidance
+    record: _Guide
 
-    def __init__(self, record: DetailGuidance | SkipLayerGuidance, run: Run) -> None:
+    def __init__(self, record: _Guide, run: Run) -> None:
         super().__init__(record, run)
         self.groups: dict[str, int] = {}
 
