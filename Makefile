@@ -8,7 +8,7 @@ MODEL ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install figures test lab bench train checksums lint
+.PHONY: help install figures test lab bench scale train checksums lint
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -33,6 +33,9 @@ lab: $(STAMP) ## open the notebooks in JupyterLab
 bench: $(STAMP) ## what recording costs, side by side with plain generation
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e ".[bench]" -c constraints.txt
 	$(RUN) -m malib.bench --readme README.md $(ARGS)
+
+scale: $(STAMP) ## the same at FLUX.1-dev's true width, random weights: minutes on a CPU, better on a GPU
+	$(RUN) -m malib.scale --readme README.md $(ARGS)
 
 train: $(STAMP) ## train a bundled model: make train PRESET=tiny
 	$(RUN) -m malib.train --preset $(PRESET) $(ARGS)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,12 +111,19 @@ CONTESTANTS: dict[str, Callable[[DiT, list[str], int], None]] = {
 _TWICE = ("malib, transport, paired",)
 
 
-def race(dit: DiT, prompts: list[str], steps: int, rounds: int) -> dict[str, dict[str, Any]]:
+def race(dit: DiT, prompts: list[str], steps: int, rounds: int, names: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
     """Seconds of each contestant in each round, and their ratio to plain generation with its 95 % interval.
 
     A paired transport draws its sources, too, and is held against plain generation of twice the pictures.
+
+    Args:
+        dit: the model.
+        prompts: one a picture.
+        steps: denoising steps.
+        rounds: after one that warms up.
+        names: some of ``CONTESTANTS``, "plain generation" among them; () for all whose library is installed.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in _present()}
+    seconds: dict[str, list[float]] = {name: [] for name in names or _present()}
     for number in range(rounds + 1):
         for name in seconds:
             began = time.perf_counter()
@@ -243,6 +250,12 @@ def table(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def put(text: str, page: Path, marks: tuple[str, str]) -> None:
+    """Replace what stands between two marks of a page."""
+    before, rest = page.read_text().split(marks[0])
+    page.write_text(f"{before}{marks[0]}\n{text}\n{marks[1]}{rest.split(marks[1])[1]}")
+
+
 def _statistics(x: Any) -> tuple[Any, ...]:
     x = x.float()
     return x.mean(1).abs(), x.abs().mean(1), x.abs().amax(1), x.square().mean(1)
@@ -314,8 +327,7 @@ def main(argv: list[str] | None = None) -> None:
     args.out.write_text(json.dumps(document, indent=1) + "\n")
     print(table(document))
     if args.readme:
-        before, rest = args.readme.read_text().split(MARKS[0])
-        args.readme.write_text(f"{before}{MARKS[0]}\n{table(document)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+        put(table(document), args.readme, MARKS)
 
 
 if __name__ == "__main__":

@@ -161,6 +161,7 @@ class DiT:
 
     def __init__(self, pipeline: Any, *, name: str = "", cache: Store | bool = False, batch_size: int = 8) -> None:
         from .hooks import blocks_of
+        from .latents import Latents
 
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
@@ -168,6 +169,7 @@ class DiT:
         self.pipeline, self.name, self.batch_size = pipeline, name or type(pipeline).__name__, batch_size
         self.preset = preset_of(self.name) if "/" in self.name else {}  # load resolves short names to hub ids
         self.blocks = tuple(blocks_of(pipeline.transformer, self.family))
+        self._latents = Latents(pipeline, self.family)
         self.store = Store() if cache is True else (cache or None)
         self._fingerprint: tuple[tuple, str] | None = None
         self._pinned = False
@@ -461,7 +463,9 @@ class DiT:
             arguments["max_sequence_length"] = min(limit, 512)
         if start:
             clean = self.encode(start.images)
-            arguments["latents"] = self._pack(self._mixed(clean, self._noise(tuple(clean.shape), seeds), start.sigma))
+            arguments["latents"] = self._latents.given(
+                self._mixed(clean, self._noise(tuple(clean.shape), seeds), start.sigma)
+            )
             if self.family.pictures == "flow":
                 arguments["sigmas"] = [start.sigma * (1 - i / steps) for i in range(steps)]
             else:
@@ -473,15 +477,8 @@ class DiT:
 
     def encode(self, images: np.ndarray) -> torch.Tensor:
         """Pictures, uint8 (B, H, W, 3), as the latents that the transformer was trained on, before packing."""
-        import torch
-
         self._check_pictures()
-        vae = self.pipeline.vae
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
-        with torch.no_grad():
-            found = vae.encode(pixels)
-        latents = found.latent_dist.mean if hasattr(found, "latent_dist") else found.latent
-        return (latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
+        return self._latents.encode(images)
 
     def decode(self, latents: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
         """Latents as a ``Generation`` holds them, as pictures: the pipeline's own last step.
@@ -496,13 +493,9 @@ class DiT:
         import torch
 
         self._check_pictures()
-        vae, found = self.pipeline.vae, []
+        size, found = size or (self.size, self.size), []
         for packed in torch.from_numpy(latents).split(self.batch_size):
-            unpacked = self._unpack(packed.to(vae.device, vae.dtype), size or (self.size, self.size))
-            with torch.no_grad():
-                scaled = unpacked / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)
-                pixels = vae.decode(scaled, return_dict=False)[0]
-            found.append(self.pipeline.image_processor.postprocess(pixels, output_type="np"))
+            found.append(self._latents.decode(self._latents.unpack(packed, size, self.grid(size))))
         return (np.concatenate(found) * 255).round().astype(np.uint8)
 
     @contextmanager
@@ -575,9 +568,9 @@ class DiT:
             first = start.sigma if start else 1.0
             if not start:
                 shape = routes[0][1](first).shape
-                arguments["latents"] = self._pack(self._noise((len(everyone), *shape[1:]), all_seeds))
+                arguments["latents"] = self._latents.given(self._noise((len(everyone), *shape[1:]), all_seeds))
             for rows, at in routes:
-                arguments["latents"][rows] = self._pack(at(first))
+                arguments["latents"][rows] = self._latents.given(at(first))
         return self._run(arguments, listeners, own, routes)
 
     def _route(
@@ -628,10 +621,14 @@ class DiT:
         found = [clean]
         size = tuple(images.shape[1:3])
         arguments = self.arguments(list(prompts), [0] * len(images), steps, 1.0, guidance, size)
-        arguments |= {"latents": self._pack(clean), "sigmas": [1 - i / steps for i in range(steps)], "output_type": "latent"}
+        arguments |= {
+            "latents": self._latents.given(clean),
+            "sigmas": [1 - i / steps for i in range(steps)],
+            "output_type": "latent",
+        }
 
         def keep(_: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            found.append(self._unpack(tensors["latents"], size))
+            found.append(self._latents.unpack(tensors["latents"], size, self.grid(size)))
             return {}
 
         with torch.no_grad(), self._exact_sigmas(FlowMatchEulerDiscreteScheduler(shift=1.0, invert_sigmas=True)):
@@ -658,16 +655,6 @@ class DiT:
         """The timestep of a model trained as DDPM whose sqrt(1 - alpha_bar) is nearest to sigma."""
         return int((self.pipeline.scheduler.alphas_cumprod - (1 - sigma**2)).abs().argmin())
 
-    def _pack(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents (B, C, h, w) as the pipeline holds them."""
-        pack = getattr(self.pipeline, "_pack_latents", None)
-        return pack(latents, *latents.shape) if pack else latents
-
-    def _unpack(self, latents: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """The way back from ``_pack``."""
-        unpack = getattr(self.pipeline, "_unpack_latents", None)
-        return unpack(latents, *size, self.pipeline.vae_scale_factor) if unpack else latents
-
     def _run(
         self,
         arguments: dict[str, Any],
@@ -685,7 +672,7 @@ class DiT:
         def follow(_: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             latents = tensors["latents"].clone()
             for rows, at in routes:  # pictures are read where their own route is at the next noise level
-                latents[rows] = self._pack(at(float(pipeline.scheduler.sigmas[index + 1]))).to(latents.dtype)
+                latents[rows] = self._latents.pack(at(float(pipeline.scheduler.sigmas[index + 1]))).to(latents.dtype)
             return {"latents": latents}
 
         if routes:

@@ -78,8 +78,8 @@ class Family:
         patch: latent pixels a side of a token; None where the transformer's config says so (``patch_size``).
         latents: dtype in which the pipeline draws its noise; None for that of the weights.
         pictures: how pictures can enter: "flow", in a rectified flow (``Renoised``, ``Pictures``); "ddpm", as a start alone
-            (``Renoised``); None, not at all here: the latents are normalised by channel (FLUX.2, Qwen-Image), the pipeline
-            takes no sigmas (CogView4), or no latents (DiT).
+            (``Renoised``); None, not at all here: the pipeline takes no sigmas (CogView4), or no latents (DiT).
+        packs_itself: whether the pipeline packs the latents that it is given, channels of 2 x 2 latent pixels as one token.
         sequence_tokenizer: the tokenizer whose ``model_max_length`` is the length of the text stream, if it is variable.
         classes: whether it draws ImageNet classes; prompts are then class names or numbers.
         pipeline: class name of the pipeline, where several share a transformer.
@@ -98,6 +98,7 @@ class Family:
     patch: int | None = None
     latents: str | None = None
     pictures: str | None = "flow"
+    packs_itself: bool = False
     sequence_tokenizer: str | None = None
     classes: bool = False
     pipeline: str | None = None
@@ -171,7 +172,7 @@ FAMILIES = (
         cfg_argument="guidance_scale",
         conditioning=("encoder_hidden_states",),
         patch=2,
-        pictures=None,
+        packs_itself=True,
         pipeline="Flux2KleinPipeline",
     ),
     Family(
@@ -183,7 +184,7 @@ FAMILIES = (
         guidance_argument="guidance_scale",
         conditioning=("encoder_hidden_states",),
         patch=2,
-        pictures=None,
+        packs_itself=True,
         pipeline="Flux2Pipeline",
     ),
     Family(
@@ -204,7 +205,6 @@ FAMILIES = (
         guidance_argument="guidance_scale",
         conditioning=("encoder_hidden_states", "encoder_hidden_states_mask"),
         patch=2,
-        pictures=None,
     ),
     Family(
         "SD3Transformer2DModel",

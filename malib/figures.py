@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TIERS = {"preview": "preview", "full": "paper"}
+_BF16 = {"dtype": "bfloat16"}
+"""In which large models run, too; on a CPU that multiplies in it a picture takes a third of the time."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,14 @@ NOTEBOOKS = (
             "birth",
             "sizes",
         ),
-        {"preview": {"prompts": 12, "seeds": 3, "dumps": 8}, "full": {"prompts": 48, "seeds": 4, "dumps": 24}},
+        {"preview": {"prompts": 12, "seeds": 3, "dumps": 8}, "full": {**_BF16, "prompts": 48, "seeds": 4, "dumps": 24}},
     ),
     Notebook(
         "02_disruption",
         ("strength", "blocks", "steps", "streams", "losses", "pictures"),
         {
             "preview": {"prompts": 5, "steps": 6, "ks": [2, 8, 32], "draws": 1},
-            "full": {"prompts": 24, "steps": 20, "ks": [1, 2, 4, 8, 16, 32], "draws": 3},
+            "full": {**_BF16, "prompts": 24, "steps": 20, "ks": [1, 2, 4, 8, 16, 32], "draws": 3},
         },
     ),
     Notebook(
@@ -70,7 +72,7 @@ NOTEBOOKS = (
         ("layers", "foreground", "channels", "maps", "generated", "embedding", "two_subjects"),
         {
             "preview": {"pictures": 24, "ks": [2, 8, 32], "draws": 1, "steps": 10},
-            "full": {"pictures": 192, "ks": [1, 2, 4, 8, 16, 32, 64], "draws": 3, "steps": 20},
+            "full": {**_BF16, "pictures": 192, "ks": [1, 2, 4, 8, 16, 32, 64], "draws": 3, "steps": 20},
         },
     ),
     Notebook(
@@ -78,7 +80,14 @@ NOTEBOOKS = (
         ("channels", "branches", "attributes", "blocks", "steps", "masks", "tradeoff", "sources", "matrix", "pictures"),
         {
             "preview": {"pairs": 4, "steps": 4, "ks": [2, 8, 32], "strengths": [0.5, 1.0], "draws": 1},
-            "full": {"pairs": 32, "steps": 20, "ks": [1, 2, 4, 8, 16, 32], "strengths": [0.25, 0.5, 0.75, 1.0], "draws": 3},
+            "full": {
+                **_BF16,
+                "pairs": 32,
+                "steps": 20,
+                "ks": [1, 2, 4, 8, 16, 32],
+                "strengths": [0.25, 0.5, 0.75, 1.0],
+                "draws": 3,
+            },
         },
     ),
     Notebook(
@@ -86,20 +95,20 @@ NOTEBOOKS = (
         ("filmstrips", "edits", "tradeoff"),
         {
             "preview": {"pairs": 3, "steps": 5, "strengths": [0.5, 1.0], "draws": 1},
-            "full": {"pairs": 24, "steps": 20, "strengths": [0.25, 0.5, 0.75, 1.0], "draws": 3},
+            "full": {**_BF16, "pairs": 24, "steps": 20, "strengths": [0.25, 0.5, 0.75, 1.0], "draws": 3},
         },
     ),
     Notebook(
         "06_subject_driven",
         ("methods", "pictures"),
-        {"preview": {"pairs": 5, "steps": 6, "draws": 1}, "full": {"pairs": 48, "steps": 20, "draws": 3}},
+        {"preview": {"pairs": 5, "steps": 6, "draws": 1}, "full": {**_BF16, "pairs": 48, "steps": 20, "draws": 3}},
     ),
     Notebook(
         "07_detail_guidance",
         ("weights", "layers", "guidances", "pictures"),
         {
             "preview": {"prompts": 5, "steps": 6, "ws": [0.5, 1.0, 2.0], "draws": 1},
-            "full": {"prompts": 32, "steps": 20, "ws": [0.25, 0.5, 1.0, 2.0, 4.0], "draws": 3},
+            "full": {**_BF16, "prompts": 32, "steps": 20, "ws": [0.25, 0.5, 1.0, 2.0, 4.0], "draws": 3},
         },
     ),
     Notebook(
@@ -107,7 +116,7 @@ NOTEBOOKS = (
         ("layers", "ladder", "noise", "matches"),
         {
             "preview": {"pairs": 12, "ensemble": 2, "sigmas": [0.05, 0.26, 0.5]},
-            "full": {"pairs": 96, "ensemble": 8, "sigmas": [0.02, 0.1, 0.26, 0.4, 0.6, 0.8]},
+            "full": {**_BF16, "pairs": 96, "ensemble": 8, "sigmas": [0.02, 0.1, 0.26, 0.4, 0.6, 0.8]},
         },
     ),
     Notebook(
@@ -115,7 +124,7 @@ NOTEBOOKS = (
         ("verdicts", "readings"),
         {
             "preview": {"prompts": 5, "pairs": 6, "steps": 6, "ensemble": 2, "ks": [2, 8, 32]},
-            "full": {"prompts": 32, "pairs": 48, "steps": 20, "ensemble": 8, "ks": [2, 8, 32]},
+            "full": {**_BF16, "prompts": 32, "pairs": 48, "steps": 20, "ensemble": 8, "ks": [2, 8, 32]},
         },
     ),
 )

@@ -384,13 +384,21 @@ def _distorted(images: Tensor, labels: Tensor, words: Tensor, rng: np.random.Gen
 def _loss(judge: nn.Module, images: Tensor, labels: Tensor, words: Tensor) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         said = judge(images)
-    entropy = nn.functional.cross_entropy
-    loss = 4 * entropy(said["segments"].float(), labels, ignore_index=-100)  # the outline is what is hardest to get right
+    entropy, segments = nn.functional.cross_entropy, said["segments"].float()
+    loss = 4 * entropy(segments, labels, ignore_index=-100) + _outside(segments, labels)
     for number, head in enumerate(SLOT_HEADS):
         loss = loss + entropy(said[head].float().flatten(0, 1), words[:, number:9:3].flatten(), ignore_index=-100)
     for number, head in enumerate(("background", "pattern"), 9):
         loss = loss + 0.5 * entropy(said[head].float(), words[:, number], ignore_index=-100)
     return loss
+
+
+def _outside(segments: Tensor, labels: Tensor) -> Tensor:
+    """1 - soft IoU of the subjects, the mean over images that show one: a small outline weighs as much as a large one."""
+    truth = (labels > 0).float()
+    found = (1 - segments.softmax(1)[:, 0]) * (labels >= 0)
+    both, shown = (found * truth).sum((1, 2)), truth.sum((1, 2))
+    return (1 - both / (found.sum((1, 2)) + shown - both).clamp(min=1))[shown > 0].mean()
 
 
 @torch.no_grad()

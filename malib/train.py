@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 TEXT_LENGTH = 32
 CHECKPOINT_EVERY = 250
-CARD_CAPTIONS = 256
 LOSS_BAND = 0.05
 _TRAINED = ("transformer", "text_encoder", "text_encoder_2")
 _FREE = ("steps", "shift", "decay_share", "focus")
@@ -48,6 +47,7 @@ class Preset:
     ``shift`` moves the training's noise levels up, sigma -> shift sigma / (1 + (shift - 1) sigma) (Stable Diffusion 3, eq.
     23): captions decide about a scene above sigma .7, where a plain logit-normal law puts a fifth of its draws.
     ``focus`` draws that share of the scenes from those of one large subject, where its shape weighs most in the loss.
+    ``card_captions`` is how many pictures of each kind the card judges: few where the training is too short to draw well.
     """
 
     name: str
@@ -67,14 +67,15 @@ class Preset:
     vae_channels: tuple[int, int] = (32, 64)
     vae_steps: int = 1000
     vae_batch: int = 16
+    card_captions: int = 256
 
 
 PRESETS = {
     p.name: p
     for p in (
-        Preset("tiny", 2, 1, 4, steps=1000, batch=32, scenes=8000, vae_channels=(16, 32), vae_steps=300),
-        Preset("small", 4, 1, 4, steps=1000, batch=32, scenes=8000, vae_channels=(16, 32), vae_steps=300),
-        Preset("medium", 6, 1, 4, steps=1000, batch=32, scenes=8000, vae_channels=(16, 32), vae_steps=300),
+        Preset("tiny", 2, 1, 4, steps=1000, batch=32, scenes=8000, vae_channels=(16, 32), vae_steps=300, card_captions=32),
+        Preset("small", 4, 1, 4, steps=1000, batch=32, scenes=8000, vae_channels=(16, 32), vae_steps=300, card_captions=32),
+        Preset("medium", 6, 1, 4, steps=1000, batch=32, scenes=8000, vae_channels=(16, 32), vae_steps=300, card_captions=32),
         Preset("mini", 6, 1, 4, steps=15750, batch=32, decay_share=0.222, shift=5.0, focus=0.5, vae_steps=1200),
         Preset("base", 8, 2, 6, steps=40_000, batch=128, learning_rate=7e-4, ema=0.9995, scenes=200_000),
     )
@@ -87,7 +88,7 @@ def build_pipeline(preset: Preset, seed: int = 0) -> FluxPipeline:
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     torch.manual_seed(seed)
-    tokenizer, tokenizer_2 = _tokenizer(bos=True), _tokenizer(bos=False)
+    tokenizer, tokenizer_2 = word_tokenizer(bos=True), word_tokenizer(bos=False)
     vocabulary, special = len(tokenizer), {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
     transformer = FluxTransformer2DModel(
         patch_size=1,
@@ -292,20 +293,25 @@ def loss_deviation(rows: list[dict[str, float]], stored: list[dict[str, float]])
     return max(gaps) if np.isfinite(gaps).all() else math.inf
 
 
-def _judged(pipeline: FluxPipeline, count: int) -> tuple[str, str]:
-    """What the judge says of pictures of held-out captions: prompt accuracy as rows of the card's table, and distances."""
+def _judged(pipeline: FluxPipeline, count: int) -> tuple[str, str, str]:
+    """What the judge says of pictures of held-out captions, for the card: prompt accuracy, that of each shape, distances."""
     from .dit import DiT
     from .judge import prompt_accuracy, read
     from .metrics import bootstrap, frechet_distance, kernel_distance
 
     dit, cells, features = DiT(pipeline), {}, {"generated": [], "same captions": [], "others": []}
+    shapes: dict[str, list[bool]] = {}
     for subjects in (1, 2):
         chosen, others = (
             [scenes.sample_scene(_HELD_OUT_SEED + first + i, subjects, unseen=True) for i in range(count)]
             for first in (900_000, 950_000)
         )
         reading = read(dit.generate([s.caption for s in chosen]).images)
-        for name, hit in prompt_accuracy(reading, chosen).items():
+        hits = prompt_accuracy(reading, chosen)
+        for scene, right in zip(chosen, hits["shape"], strict=True):
+            if subjects == 1:
+                shapes.setdefault(scene.subjects[0].shape, []).append(bool(right))
+        for name, hit in hits.items():
             found = bootstrap(hit)
             cells.setdefault(name, []).append(f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]")
         features["generated"].append(reading.features)
@@ -320,7 +326,8 @@ def _judged(pipeline: FluxPipeline, count: int) -> tuple[str, str]:
         kernel = kernel_distance(pictures, others)
         bounds = f"{kernel.mean:.3f} [{kernel.low:.3f}, {kernel.high:.3f}]"
         lines.append(f"| {name} | {bounds} | {frechet_distance(pictures, others):.2f} |")
-    return accuracy, "\n".join(lines)
+    by_shape = ", ".join(f"{shape} {np.mean(shapes[shape]):.2f} ({len(shapes[shape])})" for shape in sorted(shapes))
+    return accuracy, by_shape, "\n".join(lines)
 
 
 @torch.no_grad()
@@ -336,7 +343,7 @@ def _card(pipeline: FluxPipeline, preset: Preset, seed: int, out: Path) -> str:
     lines = [f"| {r['step']} | {r['loss']:.4f} | {r['held_out']:.4f} | {r['seconds'] / 60:.0f} |" for r in shown]
     table = "\n".join(lines)
     blocks = f"{preset.double_blocks} double + {preset.single_blocks} single blocks, width {preset.heads * 64}"
-    accuracy, distances = _judged(pipeline, CARD_CAPTIONS)
+    accuracy, shapes, distances = _judged(pipeline, preset.card_captions)
     plans = json.loads((out / "preset.json").read_text())["plans"]
     planned = "; ".join(
         f"from step {p['from']} planned for {p['steps']}, noise shift {p['shift']:g}, decay {p['decay_share']:.0%}, "
@@ -378,8 +385,10 @@ bootstrap interval. Captions name every attribute; none of their combinations of
 |---|---|---|
 {accuracy}
 
-Distances of {2 * CARD_CAPTIONS} pictures, half of them with two subjects, to as many renderings of other held-out scenes, in
-the judge's features. The kernel distance is unbiased: about 0, and as often below, where both are renderings.
+The shape of one subject, by the shape that was asked for: {shapes}.
+
+Distances of {2 * preset.card_captions} pictures, half of them with two subjects, to as many renderings of other held-out
+scenes, in the judge's features. The kernel distance is unbiased: about 0, and as often below, where both are renderings.
 
 | | kernel distance | Frechet distance |
 |---|---|---|
@@ -503,7 +512,8 @@ def position_ids(device: str | torch.device) -> tuple[Tensor, Tensor]:
     return torch.zeros(TEXT_LENGTH, 3, device=device), image.reshape(-1, 3)
 
 
-def _tokenizer(bos: bool) -> PreTrainedTokenizerFast:
+def word_tokenizer(bos: bool) -> PreTrainedTokenizerFast:
+    """One token a word of the scenes' captions; ``bos`` puts <s> in front, as CLIP's does."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -766,7 +776,7 @@ def main(argv: list[str] | None = None) -> None:
         "--compare",
         type=Path,
         metavar="DATA",
-        help=f"when done, hold the loss curve to the one in this folder, +-{LOSS_BAND:.0%}",
+        help=f"when done, hold the loss curve to the one in this folder, +-{100 * LOSS_BAND:g} %%",
     )
     parser.add_argument("--judge", action="store_true", help="train the judge instead, into --out (default: data/judge)")
     parser.add_argument("--eager", action="store_true", help="do without torch.compile")

@@ -55,7 +55,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from malib.train import _tokenizer
+from malib.train import word_tokenizer
 
 SIZE = 32
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
@@ -116,7 +116,7 @@ def flux(guidance_embeds: bool = False) -> FluxPipeline:
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     return FluxPipeline(
-        scheduler, _vae(), _clip(CLIPTextModel, 16), _tokenizer(True), _t5(32), _tokenizer(False), transformer
+        scheduler, _vae(), _clip(CLIPTextModel, 16), word_tokenizer(True), _t5(32), word_tokenizer(False), transformer
     )
 
 
@@ -136,7 +136,7 @@ def sd3() -> StableDiffusion3Pipeline:
     one, two = _clip(CLIPTextModelWithProjection, 16), _clip(CLIPTextModelWithProjection, 16)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     return StableDiffusion3Pipeline(
-        transformer, scheduler, _vae(), one, _tokenizer(True), two, _tokenizer(True), _t5(32), _tokenizer(False)
+        transformer, scheduler, _vae(), one, word_tokenizer(True), two, word_tokenizer(True), _t5(32), word_tokenizer(False)
     )
 
 
@@ -182,7 +182,7 @@ def sana() -> SanaPipeline:
         )
     )
     scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    return SanaPipeline(_tokenizer(False), gemma, vae, transformer, scheduler)
+    return SanaPipeline(word_tokenizer(False), gemma, vae, transformer, scheduler)
 
 
 def _flux2(cls, guidance_embeds: bool, **more):
@@ -198,6 +198,8 @@ def _flux2(cls, guidance_embeds: bool, **more):
         guidance_embeds=guidance_embeds,
     )
     vae = _vae(AutoencoderKLFlux2, use_quant_conv=True)
+    vae.bn.running_mean.uniform_(-1, 1)
+    vae.bn.running_var.uniform_(0.5, 2)
     pipeline = cls(FlowMatchEulerDiscreteScheduler(shift=1.0), vae, None, None, transformer, **more)
 
     def encode_prompt(prompt, **kwargs):
@@ -224,8 +226,8 @@ def qwen_image() -> QwenImagePipeline:
         dim_mult=[1, 1],
         num_res_blocks=1,
         temperal_downsample=[False],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
+        latents_mean=[0.5, -1.0, 0.0, 2.0],
+        latents_std=[1.0, 0.5, 2.0, 1.5],
     )
     pipeline = QwenImagePipeline(FlowMatchEulerDiscreteScheduler(shift=1.0), vae, None, None, transformer)
     pipeline.default_sample_size = SIZE // 2
@@ -250,7 +252,7 @@ def pixart() -> PixArtSigmaPipeline:
         caption_channels=16,
         use_additional_conditions=False,
     )
-    return PixArtSigmaPipeline(_tokenizer(False), _t5(16), _vae(), transformer, DPMSolverMultistepScheduler())
+    return PixArtSigmaPipeline(word_tokenizer(False), _t5(16), _vae(), transformer, DPMSolverMultistepScheduler())
 
 
 def dit_xl() -> DiTPipeline:
@@ -271,7 +273,7 @@ def auraflow() -> AuraFlowPipeline:
         caption_projection_dim=32,
         pos_embed_max_size=256,
     )
-    tokenizer = _tokenizer(False)
+    tokenizer = word_tokenizer(False)
     encoder = _t5(16, UMT5EncoderModel, UMT5Config)
     return AuraFlowPipeline(tokenizer, encoder, _vae(), transformer, FlowMatchEulerDiscreteScheduler(shift=1.0))
 
@@ -289,7 +291,7 @@ def chroma() -> ChromaPipeline:
         approximator_hidden_dim=32,
         approximator_layers=1,
     )
-    return ChromaPipeline(FlowMatchEulerDiscreteScheduler(shift=1.0), _vae(), _t5(32), _tokenizer(False), transformer)
+    return ChromaPipeline(FlowMatchEulerDiscreteScheduler(shift=1.0), _vae(), _t5(32), word_tokenizer(False), transformer)
 
 
 def cogview4() -> CogView4Pipeline:

@@ -88,3 +88,15 @@ def test_its_confidence_is_a_probability_at_the_fitted_temperature() -> None:
     assert (warm.words["background"] == fitted.words["background"]).all()
     assert (warm.confidence["background"] <= fitted.confidence["background"]).all()
     assert (warm.confidence["background"] < fitted.confidence["background"]).any()
+
+
+def test_the_outline_of_a_small_subject_weighs_as_much_as_that_of_a_large_one() -> None:
+    """1 - IoU in closed form: one subject found by half, another found but with as much again beside it; a mixture apart."""
+    labels = torch.zeros(4, 8, 8, dtype=torch.long)
+    labels[0, :2, :2], labels[1, :, :4], labels[2] = 1, 2, -100
+    found = torch.zeros(4, 8, 8)
+    found[0, :1, :2], found[1], found[2] = 1, 1, 1  # IoU 1/2, 1/2; the mixture and the empty scene do not count
+    segments = torch.stack([(1 - found) * 100, found * 100, found * 0 - 100, found * 0 - 100], dim=1)
+    assert judge._outside(segments, labels).item() == pytest.approx(0.5, abs=1e-6)
+    segments[0, 0], segments[0, 1:] = 100, -100  # nothing found in the first
+    assert judge._outside(segments, labels).item() == pytest.approx((1 + 0.5) / 2, abs=1e-6)

@@ -11,16 +11,16 @@ from safetensors.torch import load_file
 from malib import train
 from malib.train import PRESETS
 
-SMALL = replace(PRESETS["tiny"], single_blocks=2, steps=6, batch=2, warmup=2, scenes=16, vae_steps=2, vae_batch=4)
+SMALL = replace(
+    PRESETS["tiny"], single_blocks=2, steps=6, batch=2, warmup=2, scenes=16, vae_steps=2, vae_batch=4, card_captions=2
+)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory):
     """A training of six steps, straight through."""
     out = tmp_path_factory.mktemp("train") / "straight"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "CARD_CAPTIONS", 2)
-        train.train(SMALL, 3, out, compiled=False)
+    train.train(SMALL, 3, out, compiled=False)
     return out
 
 
@@ -34,7 +34,6 @@ def test_a_stopped_training_goes_on_to_the_same_weights(finished, tmp_path, monk
         return real(*args)
 
     monkeypatch.setattr(train, "CHECKPOINT_EVERY", 2)
-    monkeypatch.setattr(train, "CARD_CAPTIONS", 2)
     monkeypatch.setattr(train, "_draw", stop_at_four)
     with pytest.raises(KeyboardInterrupt):
         train.train(SMALL, 3, out, compiled=False)
@@ -152,7 +151,6 @@ def test_the_command_says_when_a_loss_curve_has_left_its_band(finished, tmp_path
         "--compare",
         str(tmp_path),
     ]
-    monkeypatch.setattr(train, "CARD_CAPTIONS", 2)
     train.main(call)
     assert "deviation" in capsys.readouterr().out
     about = json.loads(log.read_text())
@@ -167,7 +165,6 @@ def test_the_command_says_when_a_loss_curve_has_left_its_band(finished, tmp_path
 
 
 def test_an_installed_training_goes_on_where_its_folder_is_lost(finished, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(train, "CARD_CAPTIONS", 2)
     monkeypatch.setattr(train, "CHECKPOINT_EVERY", 2)
     data, out = tmp_path / "data", tmp_path / "again"
     train.install(finished, data)
@@ -193,3 +190,10 @@ def test_the_noise_shift_moves_levels_as_stated() -> None:
     latents = torch.zeros(4, 4, 32, 32)
     plain, shifted = (train._draw(latents, replace(SMALL, shift=s, batch=64), 0, 0, "cpu")[2] for s in (1.0, 3.0))
     assert torch.allclose(shifted / (1 - shifted), 3 * plain / (1 - plain), rtol=1e-3)
+
+
+def test_the_help_names_every_option_and_the_band(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--help"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and "--install-probe" in shown and f"{100 * train.LOSS_BAND:g} %" in shown
