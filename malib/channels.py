@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -43,10 +43,21 @@ def score(x: Tensor, kind: str = "mean") -> Tensor:
 
 @dataclass(frozen=True)
 class Rule:
-    """A selection of channels, resolved per sample at the site where it is applied."""
+    """A selection of channels, resolved per sample at the site where it is applied.
 
-    def mask(self, x: Tensor, layer: int) -> Tensor:
-        """Boolean (samples, channels) for hidden states (samples, tokens, channels)."""
+    ``weighs`` says whether it looks at what the edit would change.
+    """
+
+    weighs: ClassVar[bool] = False
+
+    def mask(self, x: Tensor, layer: int, change: Tensor | None = None) -> Tensor:
+        """Boolean (samples, channels).
+
+        Args:
+            x: hidden states (samples, tokens, channels).
+            layer: the site's.
+            change: what the edit would change in each entry if it were selected, as ``x``; None for ``x`` itself.
+        """
         ids = self.ids(x, layer)
         return x.new_zeros(x.shape[0], x.shape[2], dtype=bool).scatter_(1, ids, True)
 
@@ -126,16 +137,20 @@ class RandomK(_Ranked):
 
 @dataclass(frozen=True)
 class EnergyMatched(_Ranked):
-    """Random channels, the top ``k`` excluded, until their energy (sum of squares) reaches that of the top ``k``.
+    """Random channels, the top ``k`` excluded, until what changes in them has the energy of what would in the top ``k``.
 
-    If all others together hold less energy than the top ``k``, all of them are selected.
+    Energy is the sum of squares: of the values themselves where they are zeroed, of source less target in a transport. If
+    all others together have less than the top ``k``, all of them are selected, and the control is weaker than it should be:
+    the edits record the ``amount`` that they changed.
     """
+
+    weighs: ClassVar[bool] = True
 
     seed: int = 0
     fixed_k = Rule.fixed_k
 
-    def mask(self, x: Tensor, layer: int) -> Tensor:  # noqa: D102
-        energy = x.float().square().sum(1)
+    def mask(self, x: Tensor, layer: int, change: Tensor | None = None) -> Tensor:  # noqa: D102
+        energy = (x if change is None else change).float().square().sum(1)
         top = score(x, self.kind).topk(_fits(self.k, x), dim=1).indices
         goal = energy.gather(1, top).sum(1, keepdim=True)
         order = _random_order(x, self.seed, layer).argsort(1, descending=True)
@@ -171,7 +186,7 @@ def controls(k: int, draws: int = 1) -> dict[str, list[Rule]]:
         draws: how many random draws of each control that has some; average over them.
 
     Returns:
-        "top"; "equal energy", so many random channels as hold the top k's energy; "random" k, without the top k; "bottom" k.
+        "top"; "equal energy", so many random channels as change as much; "random" k, without the top k; "bottom" k.
     """
     return {
         "top": [TopK(k)],

@@ -7,6 +7,7 @@ Points are x and y in pixels; the middle of the first pixel is (0.5, 0.5).
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import scenes
+from .cache import describe, key_of
 from .channels import Rule
 from .dit import DiT
 from .generation import Renoised
@@ -162,36 +164,51 @@ def read(
         prompts: what the pictures show, one for all or one a picture.
         layers: blocks, counted over all block stacks; None for all, which of a large model is gigabytes a picture.
         sigma: noise level in (0, 1]; the paper has 0.26 for FLUX.1.
-        ensemble: number of noises, the same for all pictures; the paper has 8.
+        ensemble: number of noises; every picture has its own, for one that source and target share would tell the features
+            where in the picture they are. The paper has 8.
 
     Returns:
         ``tokens`` (picture, layer, token, channel), the image tokens that enter each block; ``shift`` and ``scale``
-        (picture, layer, channel), the modulation of its first LayerNorm, where it is known; the attribute ``grid``.
+        (picture, layer, channel), the modulation of its first LayerNorm, where it is known; the attribute ``grid``. The
+        means, not the single readings, are kept in the model's store.
     """
-    import xarray as xr
-
     asked = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
-    layers = range(len(dit.blocks)) if layers is None else layers
+    layers = list(range(len(dit.blocks)) if layers is None else layers)
+    wanted = {"images": images, "prompts": asked, "layers": layers, "sigma": sigma, "ensemble": ensemble}
+    key = key_of({"read": 1, **wanted, **dit.context})
+    rows, columns = dit.grid(images.shape[1:3])
+    if dit.store and (stored := dit.store.get(key)):
+        return _states(stored[0], layers, (rows, columns))
+    reader = copy.copy(dit)
+    reader.store = None
     window = {"layers": tuple(layers), "branches": "cond"}
     record = [HiddenStates(point="input", max_bytes=LARGEST, **window), Modulation(**window)]
-    rows, columns = dit.grid(images.shape[1:3])
     one = record[0].size(1, 1, 1, len(dit.blocks), rows * columns, dit.width)
     at_once, found = max(1, min(dit.batch_size, 2**30 // one)), []
     for first in range(0, len(images), at_once):
         part = slice(first, first + at_once)
-        start = Renoised(images[part], sigma)
-        total = None
-        for seed in range(ensemble):  # averaged one by one, for the states of all noises at once would fill the memory
-            seeds = [seed] * len(images[part])
-            run = dit.generate(asked[part], seeds, steps=1, cfg=1.0, start=start, record=record).records
+        start, total = Renoised(images[part], sigma), None
+        for number in range(ensemble):  # averaged one by one, for the states of all noises at once would fill the memory
+            seeds = [ensemble * (first + i) + number for i in range(len(images[part]))]
+            run = reader.generate(asked[part], seeds, steps=1, cfg=1.0, start=start, record=record).records
             values = {"tokens": run.hidden_states.value}
             if "value" in run.modulation:
                 values |= {name: run.modulation.value.sel(gate=name, drop=True) for name in ("shift", "scale")}
-            data = xr.Dataset({name: v.isel(step=0, branch=0, drop=True) for name, v in values.items()})
-            data = data.drop_vars(["prompt", "seed", "sample"], errors="ignore").rename(sample="picture")
-            total = data if total is None else total + data
-        found.append(total / ensemble)
-    return xr.concat(found, "picture").assign_attrs(grid=(rows, columns))
+            data = {name: v.isel(step=0, branch=0, drop=True).values for name, v in values.items()}
+            total = {name: x + (total[name] if total else 0) for name, x in data.items()}
+        found.append({name: x / ensemble for name, x in total.items()})
+    arrays = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    if dit.store:
+        dit.store.put(key, arrays, {"model": dit.name, "read": describe(wanted)})
+    return _states(arrays, layers, (rows, columns))
+
+
+def _states(arrays: dict[str, np.ndarray], layers: list[int], grid: tuple[int, int]) -> xr.Dataset:
+    import xarray as xr
+
+    axes = {"tokens": ("picture", "layer", "token", "channel")}
+    data = {name: (axes.get(name, ("picture", "layer", "channel")), values) for name, values in arrays.items()}
+    return xr.Dataset(data, coords={"layer": layers}, attrs={"grid": grid})
 
 
 def features(states: xr.Dataset, layer: int, kind: str = "adaln", discard: Rule | None = None) -> np.ndarray:

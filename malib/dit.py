@@ -196,6 +196,11 @@ class DiT:
         return str(self.pipeline.transformer.dtype).removeprefix("torch.")
 
     @property
+    def label(self) -> str:
+        """Name and dtype, as a figure's footer names the model."""
+        return f"{self.name}, {self.dtype}"
+
+    @property
     def width(self) -> int:
         """Number of channels of the hidden states."""
         config = self.pipeline.transformer.config
@@ -282,6 +287,12 @@ class DiT:
             self._fingerprint = state, digest.hexdigest()
         settings = [(n, _settings(c)) for n, c in sorted(self.pipeline.components.items())]
         return hashlib.sha256(repr((type(self.pipeline).__name__, settings, self._fingerprint[1])).encode()).hexdigest()
+
+    @property
+    def context(self) -> dict[str, Any]:
+        """What a result depends on besides its call: weights, device, dtype and versions; a part of every cache key."""
+        device = self.device.split(":")[0]
+        return {"weights": self.fingerprint, "device": device, "dtype": self.dtype, "versions": versions()}
 
     def offload(self, kind: str) -> None:
         """Keep only what is at work on the GPU; from then on weights changed in place go unseen by the fingerprint.
@@ -379,9 +390,8 @@ class DiT:
         run = Run(len(prompts), steps, self.blocks, (height, width), float(cfg))
         listeners = [item.start(run) for item in (*edits, *record)]
         groups = self._groups(edits, listeners, (height, width))
-        context = {"weights": self.fingerprint, "device": self.device.split(":")[0], "dtype": self.dtype}
-        described = describe(call)
-        key = key_of({**described, **context, "versions": versions()})
+        described, context = describe(call), self.context
+        key = key_of({**described, **context})
         if self.store and (found := self.store.get(key)):
             return restore(*found)
         images, latents, sigmas = [], [], []
@@ -419,7 +429,6 @@ class DiT:
                 **context,
                 "model": self.name,
                 "sigmas": sigmas,
-                "versions": versions(),
             },
         )
         if self.store:
@@ -497,6 +506,10 @@ class DiT:
         for packed in torch.from_numpy(latents).split(self.batch_size):
             found.append(self._latents.decode(self._latents.unpack(packed, size, self.grid(size))))
         return (np.concatenate(found) * 255).round().astype(np.uint8)
+
+    def restored(self, images: np.ndarray) -> np.ndarray:
+        """Pictures, uint8 (B, H, W, 3), once through the autoencoder: what the model could draw at best."""
+        return self.decode(self._latents.pack(self.encode(images)).float().cpu().numpy(), images.shape[1:3])
 
     @contextmanager
     def _exact_sigmas(self, scheduler: Any = None) -> Iterator[None]:

@@ -33,7 +33,8 @@ class Disrupt(Window):
     """Destroy what the selected channels carry (MAs-DiT, arXiv 2605.13974, disruption probe).
 
     By default in every token, at the output of every block, at every step and in every branch; the fields of ``Window``
-    restrict it. The resolved selection is recorded as ``mask`` (sample, step, branch, layer, channel).
+    restrict it. Recorded are the resolved selection, ``mask`` (sample, step, branch, layer, channel), and the ``amount``
+    (sample, step, branch, layer) that was changed: the squared norm of the change of a token, the mean over all tokens.
 
     Attributes:
         channels: a rule such as ``TopK(8)``; it sees the hidden states just before they are changed.
@@ -46,7 +47,7 @@ class Disrupt(Window):
         seed: of the random subspace; another one for each layer, the same for all samples and steps.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     channels: Rule
     mode: str = "zero"
@@ -94,14 +95,16 @@ class _DisruptListener(_Listener):
             raise ValueError(
                 f"Tokens {min(tokens)} to {max(tokens)} were to be disrupted; this run has tokens 0 to {x.shape[1] - 1}."
             )
-        mask = self.record.channels.mask(x, event.layer)
+        mask, before = self.record.channels.mask(x, event.layer), x.clone()
         if tokens is None:
             self._change(x, x, mask, event.layer)
         else:
             part = x[:, list(tokens)]
             self._change(part, x, mask, event.layer)
             x[:, list(tokens)] = part
-        self.keep("mask", (event.step, event.branch, event.layer), mask)
+        site = event.step, event.branch, event.layer
+        self.keep("mask", site, mask)
+        self.keep("amount", site, _amount(before, x))
 
     def _change(self, part: Tensor, x: Tensor, mask: Tensor, layer: int) -> None:
         """Change ``part``, the disrupted tokens of ``x``, in place; rules see all tokens."""
@@ -121,8 +124,8 @@ class _DisruptListener(_Listener):
     def dataset(self) -> xr.Dataset:
         import xarray as xr
 
-        mask = self._assemble("mask", ("channel",))
-        return xr.Dataset() if mask is None else xr.Dataset({"mask": mask})
+        found = {name: self._assemble(name, dims) for name, dims in (("mask", ("channel",)), ("amount", ()))}
+        return xr.Dataset({n: v for n, v in found.items() if v is not None})
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,7 +208,8 @@ class Transport(Window):
 
     ``M = strength * p m^T`` with p the mask of tokens and m that of channels. By default at the output of every block, at
     every step and in every branch; the fields of ``Window`` restrict it. What was chosen is recorded: ``mask`` (sample,
-    step, branch, layer, channel) and, where they are not all, ``tokens`` (sample, step, branch, layer, token).
+    step, branch, layer, channel) and, where they are not all, ``tokens`` (sample, step, branch, layer, token); and the
+    ``amount`` that was changed, as by ``Disrupt``.
 
     Source and target travel in one batch, in step by construction, and share the target's noise. A ``Generation`` that has
     recorded ``HiddenStates(channels=<the same rule>)`` is replayed instead: it costs nothing but the copying, and keeps its
@@ -224,7 +228,7 @@ class Transport(Window):
         seeds: of the source's noise, one for all or one a target; None shares each target's.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     channels: Rule
     source: str | Sequence[str] | Pictures | Recorded | Generation
@@ -331,6 +335,11 @@ class Interpolate(Window):
         return _InterpolateListener(self, run)
 
 
+def _amount(before: Tensor, after: Tensor) -> Tensor:
+    """Squared norm of the change of a token, mean over the tokens: (B, tokens, channels) twice -> (B,), float32."""
+    return (after.float() - before.float()).square().sum(2).mean(1)
+
+
 def _check_rule(edit: Disrupt | Transport) -> None:
     if not isinstance(edit.channels, Rule):
         name = type(edit).__name__
@@ -385,17 +394,23 @@ class _TransportListener(_Listener):
         self._size = len(x)
         rule, whose, site = self.record.channels, self.record.whose, (event.step, event.branch, event.layer)
         if "source" in companions:
-            source, values = companions["source"], None
-            masks = [rule.mask(s, event.layer) for name, s in companions.items() if whose in (name, "union")]
-            mask = masks[0] | masks[-1]
+            source, mask, values = companions["source"], None, None
         else:
             source, mask, values = self._recorded(event, x)
         tokens = self._tokens(event, x, {**companions, "source": source}, values)
+        if mask is None:
+            change = source - x if rule.weighs else None
+            if rule.weighs and tokens is not None:
+                change = change * tokens[..., None]
+            masks = [rule.mask(s, event.layer, change) for name, s in companions.items() if whose in (name, "union")]
+            mask = masks[0] | masks[-1]
         weight = mask[:, None] if tokens is None else mask[:, None] * tokens[..., None]
         if self.record.strength == 1 and weight.dtype == mask.dtype:
-            x.copy_(source.where(weight, x))
+            moved = source.where(weight, x)
         else:
-            x.copy_(x.lerp(source, (weight * self.record.strength).to(x.dtype)))
+            moved = x.lerp(source, (weight * self.record.strength).to(x.dtype))
+        self.keep("amount", site, _amount(x, moved))
+        x.copy_(moved)
         self.keep("mask", site, mask)
         if tokens is not None:
             self.keep("tokens", site, tokens)
@@ -469,5 +484,6 @@ class _TransportListener(_Listener):
     def dataset(self) -> xr.Dataset:
         import xarray as xr
 
-        found = {name: self._assemble(name, (dim,)) for name, dim in (("mask", "channel"), ("tokens", "token"))}
+        axes = {"mask": ("channel",), "tokens": ("token",), "amount": ()}
+        found = {name: self._assemble(name, dims) for name, dims in axes.items()}
         return xr.Dataset({n: v for n, v in found.items() if v is not None})

@@ -115,16 +115,16 @@ NOTEBOOKS = (
         "08_correspondence",
         ("layers", "ladder", "noise", "matches"),
         {
-            "preview": {"pairs": 12, "ensemble": 2, "sigmas": [0.05, 0.26, 0.5]},
-            "full": {**_BF16, "pairs": 96, "ensemble": 8, "sigmas": [0.02, 0.1, 0.26, 0.4, 0.6, 0.8]},
+            "preview": {"pairs": 12, "ensemble": 2, "sigmas": [0.05, 0.26, 0.5], "draws": 1},
+            "full": {**_BF16, "pairs": 96, "ensemble": 8, "sigmas": [0.02, 0.1, 0.26, 0.4, 0.6, 0.8], "draws": 3},
         },
     ),
     Notebook(
         "09_three_readings",
         ("verdicts", "readings"),
         {
-            "preview": {"prompts": 5, "pairs": 6, "steps": 6, "ensemble": 2, "ks": [2, 8, 32]},
-            "full": {**_BF16, "prompts": 32, "pairs": 48, "steps": 20, "ensemble": 8, "ks": [2, 8, 32]},
+            "preview": {"prompts": 5, "pairs": 6, "steps": 6, "ensemble": 2, "ks": [2, 8, 32], "draws": 1},
+            "full": {**_BF16, "prompts": 32, "pairs": 48, "steps": 20, "ensemble": 8, "ks": [2, 8, 32], "draws": 3},
         },
     ),
 )

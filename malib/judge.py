@@ -174,15 +174,16 @@ def prompt_accuracy(reading: Reading, asked: Sequence[Scene]) -> dict[str, np.nd
     """Which attributes of each scene the images show.
 
     Returns:
-        Boolean (B,) by attribute: shape, colour and size hold when they do for every subject at its position; position holds
-        when there are subjects exactly where there should be; ``all`` when everything does.
+        Boolean (B,) by attribute: shape, colour and size hold when a subject is seen at each subject's position and they do;
+        position holds when there are subjects exactly where there should be; ``all`` when everything does.
     """
     found: dict[str, list[bool]] = {a: [] for a in ("shape", "colour", "size", "position", "background", "pattern")}
     for i, scene in enumerate(asked):
         slots = {POSITIONS.index(s.position): s for s in scene.subjects}
-        for head in SLOT_HEADS:
-            found[head].append(all(reading.words[head][i, p] == getattr(s, head) for p, s in slots.items()))
         present = {p for p in range(len(POSITIONS)) if reading.words["shape"][i, p] != "none"}
+        for head in SLOT_HEADS:
+            shown = [p in present and reading.words[head][i, p] == getattr(s, head) for p, s in slots.items()]
+            found[head].append(all(shown))
         found["position"].append(present == set(slots))
         found["background"].append(reading.words["background"][i] == scene.background)
         found["pattern"].append(reading.words["pattern"][i] == scene.pattern)

@@ -112,13 +112,24 @@ def claims() -> dict[str, dict[str, Any]]:
     return yaml.safe_load((data_folder() / "claims.yaml").read_text())
 
 
+FAIR = 0.05
+"""How far the amounts that two edits change may differ in a fair comparison."""
+
+
 def rule(claim: str) -> str:
     """A claim's decision rule in words, e.g. "at least 10"."""
     return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in claims()[claim]["rule"].items())
 
 
-def verdict(claim: str, estimate: Estimate) -> str:
+def verdict(claim: str, estimate: Estimate, amount: float = 1.0) -> str:
     """Apply a claim's decision rule: "holds", "does not hold" or "undecided" (always so below five units).
+
+    Args:
+        claim: its name.
+        estimate: of the claim's metric.
+        amount: how much the control of a comparison changed, over how much the massive channels did (the edits' ``amount``).
+            What speaks for the massive channels counts only if the control changed at least as much, what speaks against
+            them only if at most as much, each within 5 %; else there was "no fair control".
 
     Raises:
         KeyError: an unknown claim.
@@ -130,6 +141,8 @@ def verdict(claim: str, estimate: Estimate) -> str:
         above, below = estimate.low > limits["at_least"], estimate.high < limits["at_least"]
     else:
         above, below = estimate.high < limits["at_most"], estimate.low > limits["at_most"]
+    if (above and amount < 1 - FAIR) or (below and amount > 1 + FAIR):
+        return "no fair control"
     return "holds" if above else "does not hold" if below else "undecided"
 
 
@@ -288,14 +301,15 @@ def consequences(images: np.ndarray, base: np.ndarray, panel: Panel, asked: Sequ
         asked: what each picture was to show, for the panel.
 
     Returns:
-        (sample, measure): ``distance`` to the base; the kinds of ``detail`` as ratios to the base's; with a panel ``layout``
-        (IoU of the foreground masks), ``agreement`` and its attributes, and ``quality``.
+        (sample, measure): ``distance`` to the base; the kinds of ``detail`` as the log of their ratio to the base's (each at
+        least 1e-4, or one flat picture would outweigh all others); with a panel ``layout`` (IoU of the foreground masks),
+        ``agreement`` and its attributes, and ``quality``.
     """
     import xarray as xr
 
     found = {"distance": image_distance(images, base)}
     before, after = detail(base), detail(images)
-    found |= {name: after[name] / np.maximum(before[name], 1e-6) for name in DETAILS}
+    found |= {name: np.log(np.maximum(after[name], 1e-4) / np.maximum(before[name], 1e-4)) for name in DETAILS}
     if panel.masks:
         a, b = panel.masks(images), panel.masks(base)
         union = (a | b).sum((1, 2))
@@ -356,14 +370,24 @@ def share_of_way(images: np.ndarray, start: np.ndarray, goal: np.ndarray, region
     Returns:
         (B,): 1 at the goal, 0 as far from it as the start, negative farther; 0 where start and goal are equal.
     """
+    before = distance_inside(start, goal, region)
+    return np.where(before > 0, 1 - distance_inside(images, goal, region) / np.maximum(before, 1e-9), 0.0)
+
+
+def distance_inside(a: np.ndarray, b: np.ndarray, region: np.ndarray) -> np.ndarray:
+    """Root mean squared distance of pictures inside a region, in gray levels.
+
+    Args:
+        a: uint8 (B, H, W, 3).
+        b: likewise.
+        region: boolean (B, H, W); where it is empty the whole picture counts.
+
+    Returns:
+        (B,), in [0, 255].
+    """
     where = np.where(region.any((1, 2))[:, None, None], region, True)[..., None]
-
-    def distance(a: np.ndarray) -> np.ndarray:
-        gap = np.square(a.astype(np.float64) - goal.astype(np.float64)) * where
-        return np.sqrt(gap.sum((1, 2, 3)) / (3 * where.sum((1, 2, 3))))
-
-    before = distance(start)
-    return np.where(before > 0, 1 - distance(images) / np.maximum(before, 1e-9), 0.0)
+    gap = np.square(a.astype(np.float64) - b.astype(np.float64)) * where
+    return np.sqrt(gap.sum((1, 2, 3)) / (3 * where.sum((1, 2, 3))))
 
 
 def harmonic(a: np.ndarray, b: np.ndarray) -> np.ndarray:

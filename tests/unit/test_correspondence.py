@@ -9,6 +9,7 @@ from PIL import Image
 
 from malib import Disrupt, DiT, Renoised, TopK, scenes
 from malib import correspondence as corr
+from malib.cache import Store
 from malib.channels import Channels
 
 from .. import architectures
@@ -118,15 +119,25 @@ def test_an_ensemble_is_the_mean_over_its_noises(flux_dit: DiT) -> None:
         alone = [
             flux_dit.generate(
                 prompts[i],
-                seed,
+                3 * i + number,
                 steps=1,
                 cfg=1.0,
                 start=Renoised(images[i : i + 1], 0.26),
                 record=[corr.HiddenStates(point="input", layers=2)],
             ).records.hidden_states.value.values.squeeze()
-            for seed in range(3)
+            for number in range(3)
         ]
         np.testing.assert_allclose(together.tokens[i, 0], np.mean(alone, axis=0), rtol=1e-3, atol=1e-3)
+
+
+def test_a_reading_is_kept_as_its_mean_alone(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dit = DiT(architectures.build("flux"), cache=Store(tmp_path))
+    images = np.random.default_rng(0).integers(0, 255, (2, dit.size, dit.size, 3), dtype=np.uint8)
+    fresh = corr.read(dit, images, "a star", layers=(1,), ensemble=3)
+    assert len(list(tmp_path.rglob("meta.json"))) == 1
+    monkeypatch.setattr(DiT, "generate", None)
+    stored = corr.read(dit, images, "a star", layers=(1,), ensemble=3)
+    assert stored.identical(fresh)
 
 
 def test_an_architecture_without_known_modulation_says_so() -> None:

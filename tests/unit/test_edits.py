@@ -104,6 +104,37 @@ def test_controls_match_the_top_in_number_energy_or_norm() -> None:
     assert first != second and first.layers == second.layers == (3,)
 
 
+@pytest.mark.parametrize("mode", ["zero", "mean", "scale", "rotate"])
+def test_the_amount_is_the_squared_norm_of_the_change_of_a_token(mode: str) -> None:
+    x = states()
+    listener, after = Disrupt(TopK(3), mode=mode, factor=0.5, tokens=(0, 2)).start(Run(2, 1, (None,))), x.clone()
+    listener(AT, after)
+    listener.flush()
+    amount = listener.dataset().amount
+    assert amount.dims == ("sample", "step", "branch", "layer")
+    np.testing.assert_allclose(amount.values.ravel(), (after - x).square().sum(2).mean(1), rtol=1e-5)
+    assert (amount > 0).all()
+
+
+def test_a_transport_of_equal_energy_changes_as_much_as_the_top_would() -> None:
+    """Source and target share their large channels: what changes in them is small, and few others change as much."""
+    x = states(2, 6, 40)
+    source = states(5, 6, 40)[:2]
+    x[..., :3], source[..., :3] = 30 + 0.5 * x[..., :3], 30 + 0.5 * source[..., :3]
+    tokens = np.array([1, 1, 0, 0, 1, 0])
+    fields = {"source": "a star", "mask": tokens}
+    taken, amounts = {}, {}
+    for name, rule in (("top", TopK(3)), ("energy", EnergyMatched(3))):
+        listener = Transport(rule, **fields).start(Run(2, 1, (None,), (2, 3)))
+        listener(AT, x.clone(), {"source": source})
+        listener.flush()
+        taken[name] = listener.dataset().mask.values[:, 0, 0, 0]
+        amounts[name] = listener.dataset().amount.values.ravel()
+    assert not (taken["top"] & taken["energy"]).any() and (taken["energy"].sum(1) < 12).all()
+    largest = ((source - x).square()[:, tokens == 1].sum(1) / 6).amax(1).numpy()
+    assert (amounts["energy"] >= amounts["top"]).all() and (amounts["energy"] <= amounts["top"] + largest).all()
+
+
 def moved(x: torch.Tensor, source: torch.Tensor, **fields) -> tuple[torch.Tensor, torch.Tensor]:
     """A transport at the output of one block, and the channels that it took."""
     found = x.clone()

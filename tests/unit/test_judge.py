@@ -63,6 +63,15 @@ def test_the_loss_ignores_what_a_mixture_does_not_show() -> None:
     assert (words[~mixed] == 0).all()
 
 
+def test_a_subject_that_is_not_seen_has_no_colour_and_no_size() -> None:
+    """Whatever words the judge has for an empty place."""
+    scene = Scene((Subject("star", "red", "large", "left"),), "striped", "blue")
+    words = {"shape": np.array([["none"] * 3]), "colour": np.array([["red"] * 3]), "size": np.array([["large"] * 3])}
+    words |= {"background": np.array(["blue"]), "pattern": np.array(["striped"])}
+    hits = judge.prompt_accuracy(judge.Reading(words, {}, np.zeros((1, 64, 64), bool), np.zeros((1, 128))), [scene])
+    assert [name for name, hit in hits.items() if hit[0]] == ["background", "pattern"]
+
+
 def test_other_images_are_refused() -> None:
     with pytest.raises(ValueError, match="uint8 images"):
         judge.read(np.zeros((2, 32, 32, 3), np.uint8))
@@ -77,13 +86,13 @@ def test_reliability_is_the_closed_form() -> None:
 
 
 def test_its_confidence_is_a_probability_at_the_fitted_temperature() -> None:
-    """Twice the temperature, less confidence, the same words."""
+    """Fifty times the temperature, less confidence, the same words."""
     images = np.stack(
         [(scenes.render(scenes.sample_scene(4_200_000_000 + i)).image * 255).astype(np.uint8) for i in range(8)]
     )
     fitted, hot = judge.read(images), judge.Judge()
     hot.load_state_dict(judge.load_judge().state_dict())
-    hot.temperature *= 2
+    hot.temperature *= 50
     warm = judge.read(images, hot.eval())
     assert (warm.words["background"] == fitted.words["background"]).all()
     assert (warm.confidence["background"] <= fitted.confidence["background"]).all()

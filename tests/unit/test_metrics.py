@@ -61,6 +61,17 @@ def test_verdicts_need_the_whole_interval() -> None:
     assert metrics.verdict("few_channels", Estimate(20, 19, 21, 4)) == "undecided"
 
 
+@pytest.mark.parametrize(
+    ("amount", "good", "bad"),
+    [(1.0, "holds", "does not hold"), (0.6, "no fair control", "does not hold"), (1.6, "holds", "no fair control")],
+)
+def test_a_control_speaks_only_where_it_changed_as_much(amount: float, good: str, bad: str) -> None:
+    """One that changed less is no evidence for the massive channels, one that changed more none against them."""
+    assert metrics.verdict("more_than_norm", Estimate(0.2, 0.1, 0.3, 9), amount) == good
+    assert metrics.verdict("more_than_norm", Estimate(-0.2, -0.3, -0.1, 9), amount) == bad
+    assert metrics.verdict("more_than_norm", Estimate(0, -0.3, 0.1, 9), amount) == "undecided"
+
+
 def test_every_claim_is_complete() -> None:
     for name, claim in metrics.claims().items():
         assert {"notebook", "source", "metric", "branch", "rule", "controls"} <= set(claim), name
@@ -224,13 +235,32 @@ def test_consequences_of_nothing_and_of_another_picture() -> None:
     panel = metrics.bundled_panel()
     same = metrics.consequences(images, images, panel, chosen)
     assert (same.sel(measure="distance") == 0).all() and (same.sel(measure="layout") == 1).all()
-    assert all(np.allclose(same.sel(measure=name), 1) for name in metrics.DETAILS)
+    assert all(np.allclose(same.sel(measure=name), 0) for name in metrics.DETAILS)
     kinds = ["shape", "colour", "size", "position", "background", "pattern"]
     assert np.allclose(same.sel(measure="agreement"), same.sel(measure=kinds).mean("measure"))
     other = metrics.consequences(images[::-1], images, panel, chosen)
     assert other.sel(measure="agreement").mean() < 0.6 and other.sel(measure="layout").mean() < 0.6
     bare = metrics.consequences(images, images, metrics.Panel(), chosen)
     assert list(bare.measure.values) == ["distance", *metrics.DETAILS]
+
+
+def test_detail_is_a_log_ratio_with_a_floor() -> None:
+    """A wave of half the amplitude: log 1/2; a flat picture: its 1e-4 over the wave's .3 / sqrt 2."""
+    x = 2 * np.pi * 24 * np.arange(64) / 64
+    full, half, flat = (np.round(255 * (0.5 + a * np.sin(x))).astype(np.uint8) for a in (0.3, 0.15, 0.0))
+    images = [np.repeat(row[None, None, :, None], 64, 1).repeat(3, 3) for row in (full, half, flat)]
+    found = [metrics.consequences(image, images[0], metrics.Panel(), [""]) for image in images]
+    logs = [f.sel(measure="high_frequency").item() for f in found]
+    assert logs == pytest.approx([0, np.log(0.5), np.log(1e-4 / (0.3 / np.sqrt(2)))], abs=0.02)
+
+
+def test_distance_inside_counts_the_region_alone() -> None:
+    """Three gray levels off in every channel of half a picture, none in the other half."""
+    a = np.zeros((1, 4, 4, 3), np.uint8)
+    b, left = a.copy(), np.zeros((1, 4, 4), bool)
+    b[:, :, :2], left[:, :, :2] = 3, True
+    assert [metrics.distance_inside(a, b, r)[0] for r in (left, ~left)] == [3, 0]
+    assert metrics.distance_inside(a, b, np.zeros_like(left))[0] == pytest.approx(np.sqrt(4.5))
 
 
 def test_moves_name_whose_attribute_a_picture_shows() -> None:
