@@ -134,11 +134,14 @@ class Comparison:
         return Comparison(self.columns + (other.columns if isinstance(other, Comparison) else (other,)))
 
     def _repr_html_(self) -> str:
-        heads = "".join(f"<th>{html.escape(_edits_in_words(g))}</th>" for g in self.columns)
-        rows = []
+        left, rows = "text-align:left;vertical-align:bottom;max-width:24em;white-space:normal", []
+        told = [_in_words(g) for g in self.columns]
+        several = len({tuple(g.prompts) for g, words in zip(self.columns, told, strict=True) if not words}) > 1
+        named = [w or (", ".join(g.prompts) if several else "undisturbed") for g, w in zip(self.columns, told, strict=True)]
+        heads = "".join(f'<th style="{left}">{html.escape(name)}</th>' for name in named)
         for i in range(max(len(g) for g in self.columns)):
             cells = (
-                f'<td><img style="image-rendering:pixelated;width:{max(128, min(g.images.shape[2], 384))}px" '
+                f'<td style="{left}"><img style="image-rendering:pixelated;width:{max(192, min(g.images.shape[2], 384))}px" '
                 f'title="{html.escape(g.prompts[i])}, seed {g.seeds[i]}" src="{_inline(g.images[i])}"></td>'
                 if i < len(g)
                 else "<td></td>"
@@ -181,19 +184,29 @@ def restore(arrays: dict[str, np.ndarray], document: dict) -> Generation:
     return Generation(arrays["images"], arrays["latents"], SimpleNamespace(**records), document["provenance"])
 
 
-def _edits_in_words(generation: Generation) -> str:
-    """The edits of a generation, without the fields that say "everywhere"."""
-
+def _in_words(generation: Generation) -> str:
+    """The edits of a generation in a few words, without the fields that say "everywhere"; "" where there are none."""
     plain = {"mode": "zero", "factor": 0.0, "seed": 0, "whose": "source", "strength": 1.0}
+    silent = ("type", "version", "stream", "point", "kind")
 
     def words(value: Any) -> str:
+        if isinstance(value, dict) and "array" in value:
+            return "x".join(map(str, value["shape"]))
+        if isinstance(value, dict) and value.get("type") in ("Pictures", "Recorded"):
+            return {"Pictures": "pictures", "Recorded": "recorded"}[value["type"]]
         if isinstance(value, dict):
-            silent = ("type", "version", "stream", "point", "kind")
-            said = [f"{k}={words(v)}" for k, v in value.items() if k not in silent and not (k in plain and v == plain[k])]
-            return f"{value.get('type', '')}({', '.join(s for s in said if not s.endswith('=None'))})"
-        return str(value)
+            unused = {"factor": value.get("mode") != "scale"}
+            said = [
+                f"{k}={words(v)}"
+                for k, v in value.items()
+                if k not in silent and v is not None and not (k in plain and v == plain[k]) and not unused.get(k)
+            ]
+            return f"{value.get('type', '')}({', '.join(said)})"
+        if isinstance(value, list) and len(value) > 2 and value == list(range(value[0], value[-1] + 1)):
+            return f"{value[0]}-{value[-1]}"
+        return ", ".join(map(words, value)) if isinstance(value, list) else str(value)
 
-    return ", ".join(words(e) for e in generation.provenance["call"]["edits"]) or "undisturbed"
+    return ", ".join(words(e) for e in generation.provenance["call"]["edits"])
 
 
 def _inline(image: np.ndarray) -> str:

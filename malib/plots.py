@@ -15,6 +15,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from .metrics import DETAILS
+
 if TYPE_CHECKING:
     import plotly.graph_objects as go
     import xarray as xr
@@ -403,11 +405,11 @@ _MEASURES = {
     "edges": "edges, log ratio",
     "texture": "texture, log ratio",
     "distance": "RMS distance to undisturbed",
-    "likeness": "likeness to the source's subject",
-    "preservation": "preservation of the target's ground",
+    "likeness": "likeness to the source",
+    "preservation": "preservation of the target",
     "composite": "composite (harmonic mean)",
-    "others kept": "other attributes that are the target's",
-    "clean": "pictures with exactly one subject",
+    "others kept": "other attributes kept",
+    "clean": "exactly one subject",
     "PCK@0.1": "PCK@0.1, per image",
     "PCK@0.05": "PCK@0.05, per image",
 }
@@ -497,10 +499,10 @@ def losses(data: xr.Dataset) -> Figure:
     axis.set_xticklabels([str(m).replace("_", " ") for m in shown.columns], rotation=35, ha="right")
     row = data.change.isel(condition=0)
     first = str(data.condition.values[0])
-    named = [m for m in row.measure.values if m != "distance"]
-    lost = max(named, key=lambda m: abs(float(row.sel(measure=m))))
+    meaning = [m for m in row.measure.values if m not in ("distance", *DETAILS)]
+    lost = min(meaning or list(row.measure.values), key=lambda m: float(row.sel(measure=m)))
     name, size = str(lost).replace("_", " "), float(row.sel(measure=lost))
-    title = f"{first[0].upper()}{first[1:]}: the largest change is in {name} ({size:+.2f})"
+    title = f"{first[0].upper()}{first[1:]}: the largest loss is in {name} ({size:+.2f})"
     return _finish(figure, title, data)
 
 

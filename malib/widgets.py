@@ -13,7 +13,7 @@ from .channels import BottomK, RandomK, TopK
 from .generation import open_picture, png
 from .guidance import SkipLayerGuidance, controls
 from .records import ChannelStats, Clusters, HiddenStates
-from .spatial import on_grid
+from .spatial import by_border, on_grid, token_grid
 
 if TYPE_CHECKING:
     import ipywidgets
@@ -369,6 +369,7 @@ def clustered(
     run = dit.generate(prompt, seed, steps=steps, cfg=cfg, guidance=guidance, record=[record])
     data = run.records.clusters.squeeze(("sample", "step", "branch", "layer"))
     shape = run.images.shape[1:3]
+    data["label"] = data.label.copy(data=by_border(data.label.values, token_grid(data.sizes["token"], *shape)))
     where = f"{data.block.item()}, step {step}, {rule} {k}"
     return plots.interactive_clusters(on_grid(data.label, *shape), on_grid(data.heat, *shape), run.images[0], where)
 

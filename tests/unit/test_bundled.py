@@ -62,7 +62,12 @@ def test_comparison_shows_one_column_a_generation(dit: malib.DiT) -> None:
     base = dit.generate("a red star", steps=1)
     hurt = dit.generate("a red star", steps=1, edits=[malib.Disrupt(malib.TopK(8))])
     html = (base | hurt | base)._repr_html_()
-    assert html.count("<th>") == 3 and html.count("<img") == 3 and "Disrupt" in html
+    assert html.count("<th ") == 3 and html.count("<img") == 3
+    assert html.count("undisturbed") == 2 and "Disrupt(channels=TopK(k=8))" in html
+    other = dit.generate("a blue ring", steps=1, edits=[malib.Disrupt(malib.TopK(8), layers=(0, 1, 2), mode="mean")])
+    html = (base | dit.generate("a blue ring", steps=1) | other)._repr_html_()
+    assert "undisturbed" not in html and html.count(">a red star<") == html.count(">a blue ring<") == 1
+    assert "Disrupt(layers=0-2, channels=TopK(k=8), mode=mean)" in html
 
 
 @pytest.mark.parametrize("bad", ["no/such/model/here", "./nowhere"])

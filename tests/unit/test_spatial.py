@@ -114,3 +114,12 @@ def test_clusters_do_not_depend_on_the_place_among_the_sets() -> None:
     assert not torch.equal(
         spatial.kmeans(x, 3, restarts=1, iterations=1, seed=9), spatial.kmeans(x, 3, restarts=1, iterations=1)
     )
+
+
+def test_the_ground_is_cluster_0_whatever_k_means_named_it() -> None:
+    """Two figures of three and one tokens on a ground that fills the border but for one token."""
+    labels = np.array([[2, 2, 2, 2], [2, 1, 1, 2], [2, 0, 1, 2], [2, 2, 2, 1]])
+    found = spatial.by_border(labels.ravel(), (4, 4)).reshape(4, 4)
+    assert (found == np.array([2, 1, 0])[labels]).all()
+    swapped = spatial.by_border(np.array([1, 0, 2])[labels].ravel(), (4, 4)).reshape(4, 4)
+    assert (swapped == found).all()
