@@ -141,8 +141,8 @@ class Comparison:
         heads = "".join(f'<th style="{left}">{html.escape(name)}</th>' for name in named)
         for i in range(max(len(g) for g in self.columns)):
             cells = (
-                f'<td style="{left}"><img style="image-rendering:pixelated;width:{max(192, min(g.images.shape[2], 384))}px" '
-                f'title="{html.escape(g.prompts[i])}, seed {g.seeds[i]}" src="{_inline(g.images[i])}"></td>'
+                f'<td style="{left}"><img style="{_sized(g)}" title="{html.escape(g.prompts[i])}, seed {g.seeds[i]}" '
+                f'src="{_inline(g.images[i])}"></td>'
                 if i < len(g)
                 else "<td></td>"
                 for g in self.columns
@@ -204,9 +204,16 @@ def _in_words(generation: Generation) -> str:
             return f"{value.get('type', '')}({', '.join(said)})"
         if isinstance(value, list) and len(value) > 2 and value == list(range(value[0], value[-1] + 1)):
             return f"{value[0]}-{value[-1]}"
-        return ", ".join(map(words, value)) if isinstance(value, list) else str(value)
+        if isinstance(value, list):
+            return ", ".join(map(words, value))
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
 
     return ", ".join(words(e) for e in generation.provenance["call"]["edits"])
+
+
+def _sized(generation: Generation) -> str:
+    width = max(192, min(generation.images.shape[2], 384))
+    return f"image-rendering:pixelated;max-width:none;width:{width}px"
 
 
 def _inline(image: np.ndarray) -> str:
