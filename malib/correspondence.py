@@ -173,8 +173,9 @@ def read(
         means, not the single readings, are kept in the model's store.
     """
     asked = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
-    layers = list(range(len(dit.blocks)) if layers is None else layers)
+    layers = sorted(set(range(len(dit.blocks)) if layers is None else layers))
     wanted = {"images": images, "prompts": asked, "layers": layers, "sigma": sigma, "ensemble": ensemble}
+    wanted["guidance"] = dit.preset.get("guidance")
     key = key_of({"read": 1, **wanted, **dit.context})
     rows, columns = dit.grid(images.shape[1:3])
     if dit.store and (stored := dit.store.get(key)):

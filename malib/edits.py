@@ -95,16 +95,25 @@ class _DisruptListener(_Listener):
             raise ValueError(
                 f"Tokens {min(tokens)} to {max(tokens)} were to be disrupted; this run has tokens 0 to {x.shape[1] - 1}."
             )
-        mask, before = self.record.channels.mask(x, event.layer), x.clone()
-        if tokens is None:
-            self._change(x, x, mask, event.layer)
-        else:
-            part = x[:, list(tokens)]
-            self._change(part, x, mask, event.layer)
-            x[:, list(tokens)] = part
+        rule, before, change = self.record.channels, x.clone(), None
+        if rule.weighs:
+            changed = x.clone()
+            self._apply(changed, x.new_ones(x.shape[0], x.shape[2], dtype=bool), event.layer)
+            change = x - changed
+        mask = rule.mask(x, event.layer, change)
+        self._apply(x, mask, event.layer)
         site = event.step, event.branch, event.layer
         self.keep("mask", site, mask)
         self.keep("amount", site, _amount(before, x))
+
+    def _apply(self, x: Tensor, mask: Tensor, layer: int) -> None:
+        """Change the selected channels of ``x`` in place, in the record's tokens."""
+        if self.record.tokens is None:
+            self._change(x, x, mask, layer)
+        else:
+            part = x[:, list(self.record.tokens)]
+            self._change(part, x, mask, layer)
+            x[:, list(self.record.tokens)] = part
 
     def _change(self, part: Tensor, x: Tensor, mask: Tensor, layer: int) -> None:
         """Change ``part``, the disrupted tokens of ``x``, in place; rules see all tokens."""

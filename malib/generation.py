@@ -202,9 +202,10 @@ def _in_words(generation: Generation) -> str:
                 if k not in silent and v is not None and not (k in plain and v == plain[k]) and not unused.get(k)
             ]
             return f"{value.get('type', '')}({', '.join(said)})"
-        if isinstance(value, list) and len(value) > 2 and value == list(range(value[0], value[-1] + 1)):
-            return f"{value[0]}-{value[-1]}"
         if isinstance(value, list):
+            whole = len(value) > 2 and all(isinstance(v, int) for v in value)
+            if whole and value == list(range(value[0], value[-1] + 1)):
+                return f"{value[0]}-{value[-1]}"
             return ", ".join(map(words, value))
         return f"{value:.3g}" if isinstance(value, float) else str(value)
 

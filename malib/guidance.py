@@ -43,7 +43,8 @@ class _Guide(Window):
 class DetailGuidance(_Guide):
     """Guide away from the model whose massive channels are disrupted at one layer; ``DiT.generate(..., guide=...)``.
 
-    The selection is recorded as ``mask`` (sample, step, branch, layer, channel). The controls are other rules and modes.
+    Recorded are the selection, ``mask`` (sample, step, branch, layer, channel), and the ``amount`` taken from the degraded
+    model, as by ``Disrupt``. The controls are other rules and modes.
 
     Attributes:
         w: weight of the term; 0 is plain generation, bit for bit.
@@ -53,7 +54,7 @@ class DetailGuidance(_Guide):
         seed: of mode "rotate".
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     rule: Rule = field(default_factory=lambda: TopK(8))
     mode: str = "zero"

@@ -26,22 +26,23 @@ class Latents:
     @torch.no_grad()
     def encode(self, images: np.ndarray) -> Tensor:
         """Pictures, uint8 (B, H, W, 3), as unpacked latents."""
-        vae = self.pipeline.vae
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
+        vae, device = self.pipeline.vae, self.pipeline._execution_device  # where an offloaded part computes
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(device, vae.dtype) / 127.5 - 1
         found = vae.encode(pixels[:, :, None] if _reads_films(vae) else pixels)
         latents = found.latent_dist.mean if hasattr(found, "latent_dist") else found.latent
         latents = latents[:, :, 0] if _reads_films(vae) else latents
         if self.family.packs_itself:
             latents = self.pipeline._patchify_latents(latents)
-        mean, scale = _moments(vae)
+        mean, scale = _moments(vae, latents)
         return (latents - mean) * scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
         """Unpacked latents as pictures, float (B, H, W, 3) in [0, 1]: the pipeline's own last step."""
         vae = self.pipeline.vae
-        mean, scale = _moments(vae)
-        latents = latents.to(vae.device, vae.dtype) / scale + mean
+        latents = latents.to(self.pipeline._execution_device, vae.dtype)
+        mean, scale = _moments(vae, latents)
+        latents = latents / scale + mean
         if self.family.packs_itself:
             latents = self.pipeline._unpatchify_latents(latents)
         pixels = vae.decode(latents[:, :, None] if _reads_films(vae) else latents, return_dict=False)[0]
@@ -72,8 +73,8 @@ def _reads_films(vae: nn.Module) -> bool:
     return any(isinstance(module, nn.Conv3d) for module in vae.encoder.modules())
 
 
-def _moments(vae: nn.Module) -> tuple[Any, Any]:
-    """What is taken from the latents, and what they are then multiplied by: numbers, or (C, 1, 1) where by channel."""
+def _moments(vae: nn.Module, like: Tensor) -> tuple[Any, Any]:
+    """What is taken from latents, and what they are multiplied by: numbers, or (C, 1, 1) as ``like`` where by channel."""
     config = vae.config
     if hasattr(vae, "bn"):  # FLUX.2
         mean, scale = vae.bn.running_mean, (vae.bn.running_var + config.batch_norm_eps).rsqrt()
@@ -81,4 +82,4 @@ def _moments(vae: nn.Module) -> tuple[Any, Any]:
         mean, scale = torch.tensor(config.latents_mean), 1 / torch.tensor(config.latents_std)
     else:
         return config.get("shift_factor") or 0, config.scaling_factor
-    return tuple(x[:, None, None].to(vae.device, vae.dtype) for x in (mean, scale))
+    return tuple(x[:, None, None].to(like.device, like.dtype) for x in (mean, scale))

@@ -121,7 +121,7 @@ def rule(claim: str) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in claims()[claim]["rule"].items())
 
 
-def verdict(claim: str, estimate: Estimate, amount: float = 1.0) -> str:
+def verdict(claim: str, estimate: Estimate, amount: float | Sequence[float] = 1.0) -> str:
     """Apply a claim's decision rule: "holds", "does not hold" or "undecided" (always so below five units).
 
     Args:
@@ -129,7 +129,8 @@ def verdict(claim: str, estimate: Estimate, amount: float = 1.0) -> str:
         estimate: of the claim's metric.
         amount: how much the control of a comparison changed, over how much the massive channels did (the edits' ``amount``).
             What speaks for the massive channels counts only if the control changed at least as much, what speaks against
-            them only if at most as much, each within 5 %; else there was "no fair control".
+            them only if at most as much, each within 5 %; else there was "no fair control". Of several (one a block) each
+            counts.
 
     Raises:
         KeyError: an unknown claim.
@@ -141,7 +142,8 @@ def verdict(claim: str, estimate: Estimate, amount: float = 1.0) -> str:
         above, below = estimate.low > limits["at_least"], estimate.high < limits["at_least"]
     else:
         above, below = estimate.high < limits["at_most"], estimate.low > limits["at_most"]
-    if (above and amount < 1 - FAIR) or (below and amount > 1 + FAIR):
+    enough, at_most = np.min(amount) >= 1 - FAIR, np.max(amount) <= 1 + FAIR  # not so where nothing was changed (NaN)
+    if (above and not enough) or (below and not at_most):
         return "no fair control"
     return "holds" if above else "does not hold" if below else "undecided"
 

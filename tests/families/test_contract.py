@@ -424,6 +424,23 @@ def test_latents_decode_to_the_pictures_they_were(any_dit: DiT) -> None:
     assert np.abs(any_dit.decode(run.latents).astype(int) - run.images).max() <= 1
 
 
+@pytest.mark.parametrize("name", ["flux", "flux2-klein", "qwen-image"])
+def test_latents_are_normalised_as_the_transformer_was_trained(name: str) -> None:
+    """By the pipeline's own function, or by hand from the autoencoder's settings."""
+    dit = DiT(architectures.build(name))
+    images = np.random.default_rng(0).integers(0, 255, size=(2, dit.size, dit.size, 3), dtype=np.uint8)
+    pixels, vae = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1, dit.pipeline.vae
+    with torch.no_grad():
+        if name == "flux2-klein":
+            expected = dit.pipeline._encode_vae_image(pixels, None)
+        elif name == "qwen-image":
+            mean, std = (torch.tensor(vae.config[n])[None, :, None, None] for n in ("latents_mean", "latents_std"))
+            expected = (vae.encode(pixels[:, :, None]).latent_dist.mean[:, :, 0] - mean) / std
+        else:
+            expected = (vae.encode(pixels).latent_dist.mean - vae.config.shift_factor) * vae.config.scaling_factor
+    torch.testing.assert_close(dit.encode(images), expected)
+
+
 def test_a_picture_is_read_at_every_noise_level_with_the_targets_noise(any_dit: DiT) -> None:
     if refused(any_dit, ("flow",)):
         return

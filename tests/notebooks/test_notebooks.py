@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import malib
-from malib import correspondence, figures, metrics, widgets
+from malib import correspondence, figures, metrics, spatial, widgets
 from malib.generation import png
 
 from .. import architectures
@@ -97,8 +97,8 @@ def test_the_clusterer_shows_the_record(flux_dit: malib.DiT) -> None:
     call = {"steps": 2, "cfg": 2.0, "guidance": None}
     figure = widgets.clustered(flux_dit, "a red star", 3, "top", 4, 2, 1, 3, **call)
     record = malib.Clusters(channels=malib.TopK(4), clusters=3, layers=2, steps=1, branches="cond")
-    labels = flux_dit.generate("a red star", 3, record=[record], **call).records.clusters.label.values.reshape(8, 8)
-    assert (figure.data[1].z[::-1] == labels).all()
+    labels = flux_dit.generate("a red star", 3, record=[record], **call).records.clusters.label.values.ravel()
+    assert (figure.data[1].z[::-1] == spatial.by_border(labels, (8, 8)).reshape(8, 8)).all()
     box = widgets.cluster(flux_dit, "a red star", steps=2, cfg=2.0)
     box.children[0].value = " "
     assert "non-empty text" in box.children[3].value

@@ -68,6 +68,9 @@ def test_comparison_shows_one_column_a_generation(dit: malib.DiT) -> None:
     html = (base | dit.generate("a blue ring", steps=1) | other)._repr_html_()
     assert "undisturbed" not in html and html.count(">a red star<") == html.count(">a blue ring<") == 1
     assert "Disrupt(layers=0-2, channels=TopK(k=8), mode=mean)" in html
+    three = malib.Transport(malib.TopK(2), ["a star", "a ring", "a cross"], strength=1 / 3)
+    html = dit.generate(["a circle"] * 3, steps=1, edits=[three])._repr_html_()
+    assert "source=a star, a ring, a cross, strength=0.333" in html
 
 
 @pytest.mark.parametrize("bad", ["no/such/model/here", "./nowhere"])

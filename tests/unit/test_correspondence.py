@@ -140,6 +140,12 @@ def test_a_reading_is_kept_as_its_mean_alone(tmp_path, monkeypatch: pytest.Monke
     assert stored.identical(fresh)
 
 
+def test_blocks_keep_their_own_tokens_in_any_order(flux_dit: DiT) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (1, flux_dit.size, flux_dit.size, 3), dtype=np.uint8)
+    one, two = (corr.read(flux_dit, images, "a star", layers=layers, ensemble=1) for layers in ((1, 3), (3, 1, 1)))
+    assert one.identical(two) and not np.array_equal(one.tokens.sel(layer=1), one.tokens.sel(layer=3))
+
+
 def test_an_architecture_without_known_modulation_says_so() -> None:
     dit = DiT(architectures.build("auraflow"), name="auraflow")
     images = np.zeros((1, dit.size, dit.size, 3), np.uint8)

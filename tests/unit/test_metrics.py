@@ -63,9 +63,15 @@ def test_verdicts_need_the_whole_interval() -> None:
 
 @pytest.mark.parametrize(
     ("amount", "good", "bad"),
-    [(1.0, "holds", "does not hold"), (0.6, "no fair control", "does not hold"), (1.6, "holds", "no fair control")],
+    [
+        (1.0, "holds", "does not hold"),
+        (0.6, "no fair control", "does not hold"),
+        (1.6, "holds", "no fair control"),
+        ([0.6, 1.4], "no fair control", "no fair control"),
+        (np.nan, "no fair control", "no fair control"),
+    ],
 )
-def test_a_control_speaks_only_where_it_changed_as_much(amount: float, good: str, bad: str) -> None:
+def test_a_control_speaks_only_where_it_changed_as_much(amount: float | list[float], good: str, bad: str) -> None:
     """One that changed less is no evidence for the massive channels, one that changed more none against them."""
     assert metrics.verdict("more_than_norm", Estimate(0.2, 0.1, 0.3, 9), amount) == good
     assert metrics.verdict("more_than_norm", Estimate(-0.2, -0.3, -0.1, 9), amount) == bad
