@@ -250,10 +250,14 @@ def table(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def put(text: str, page: Path, marks: tuple[str, str]) -> None:
-    """Replace what stands between two marks of a page."""
-    before, rest = page.read_text().split(marks[0])
-    page.write_text(f"{before}{marks[0]}\n{text}\n{marks[1]}{rest.split(marks[1])[1]}")
+def publish(document: dict[str, Any], text: str, out: Path, page: Path | None, marks: tuple[str, str]) -> None:
+    """Write the results, print their table, and put it between two marks of a page, if one is given."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(document, indent=1) + "\n")
+    print(text)
+    if page:
+        before, rest = page.read_text().split(marks[0])
+        page.write_text(f"{before}{marks[0]}\n{text}\n{marks[1]}{rest.split(marks[1])[1]}")
 
 
 def _statistics(x: Any) -> tuple[Any, ...]:
@@ -323,11 +327,7 @@ def main(argv: list[str] | None = None) -> None:
         "two_means": two_means(dit, prompts, _MEMORY_STEPS, args.rounds),
         "versions": versions(),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(table(document))
-    if args.readme:
-        put(table(document), args.readme, MARKS)
+    publish(document, table(document), args.out, args.readme, MARKS)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ On a GPU all of its 57 blocks; on the CPU three of them, one double and two sing
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .bench import CONTESTANTS, put, race
+from .bench import CONTESTANTS, publish, race
 from .dit import DiT, versions
 from .records import ChannelStats
 from .train import word_tokenizer
@@ -128,11 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--readme", type=Path, help="put the table between the marks of this file")
     args = parser.parse_args(argv)
     document = measure(args.device, args.rounds, args.steps)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(table(document))
-    if args.readme:
-        put(table(document), args.readme, MARKS)
+    publish(document, table(document), args.out, args.readme, MARKS)
 
 
 if __name__ == "__main__":
