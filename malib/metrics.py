@@ -11,6 +11,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     import xarray as xr
+    from pandas.io.formats.style import Styler
 
 
 @dataclass(frozen=True)
@@ -142,10 +143,45 @@ def verdict(claim: str, estimate: Estimate, amount: float | Sequence[float] = 1.
         above, below = estimate.low > limits["at_least"], estimate.high < limits["at_least"]
     else:
         above, below = estimate.high < limits["at_most"], estimate.low > limits["at_most"]
-    enough, at_most = np.min(amount) >= 1 - FAIR, np.max(amount) <= 1 + FAIR  # not so where nothing was changed (NaN)
-    if (above and not enough) or (below and not at_most):
+    enough, not_more = _fair(amount)
+    if (above and not enough) or (below and not not_more):
         return "no fair control"
     return "holds" if above else "does not hold" if below else "undecided"
+
+
+def verdicts(found: Mapping[str, Estimate], amounts: Mapping[str, float | Sequence[float]] | None = None) -> Styler:
+    """The table of some claims: source, rule, measured number, what the control changed, verdict.
+
+    Args:
+        found: the estimate of each claim's metric.
+        amounts: as for ``verdict``, of the claims that are held against a control of equal energy or norm.
+    """
+    import pandas as pd
+
+    amounts, rows = amounts or {}, []
+    for name, estimate in found.items():
+        changed = amounts.get(name, 1.0)
+        told = " to ".join(f"{x:.2f}" for x in sorted({np.min(changed), np.max(changed)})) if name in amounts else ""
+        row = {"claim": name, "source": claims()[name]["source"], "rule": rule(name), "measured": str(estimate)}
+        row |= {"control changed": told} if amounts else {}
+        rows.append(row | {"verdict": verdict(name, estimate, changed)})
+    return pd.DataFrame(rows).style.hide(axis="index")
+
+
+def differs(gap: Estimate, amount: float) -> bool:
+    """Whether massive channels differ from a control: 0 lies outside the interval, and the ``amount`` is not to blame.
+
+    Args:
+        gap: what the massive channels did less what the control did.
+        amount: as for ``verdict``.
+    """
+    enough, not_more = _fair(amount)
+    return bool((gap.low > 0 and enough) or (gap.high < 0 and not_more))
+
+
+def _fair(amount: float | Sequence[float]) -> tuple[bool, bool]:
+    """Whether a control changed at least, and at most, as much; neither where nothing was changed (NaN)."""
+    return np.min(amount) >= 1 - FAIR, np.max(amount) <= 1 + FAIR
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:

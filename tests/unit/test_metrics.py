@@ -78,6 +78,23 @@ def test_a_control_speaks_only_where_it_changed_as_much(amount: float | list[flo
     assert metrics.verdict("more_than_norm", Estimate(0, -0.3, 0.1, 9), amount) == "undecided"
 
 
+def test_the_table_of_verdicts_says_what_the_control_changed() -> None:
+    found = {"more_than_norm": Estimate(0.2, 0.1, 0.3, 9), "bottom_is_marginal": Estimate(0.01, 0, 0.02, 9)}
+    table = metrics.verdicts(found, {"more_than_norm": [0.6, 1.0]}).data
+    assert table["control changed"].tolist() == ["0.60 to 1.00", ""]
+    assert table["verdict"].tolist() == ["no fair control", "holds"]
+    plain = metrics.verdicts(found).data
+    assert "control changed" not in plain and plain["verdict"].tolist() == ["holds", "holds"]
+    assert plain["rule"].tolist() == ["at least 0", "at most 0.05"]
+
+
+def test_a_difference_counts_where_the_amount_does_not_explain_it() -> None:
+    larger, smaller, none = Estimate(0.2, 0.1, 0.3, 9), Estimate(-0.2, -0.3, -0.1, 9), Estimate(0, -0.1, 0.1, 9)
+    assert [metrics.differs(larger, x) for x in (0.5, 1.0, 2.0, np.nan)] == [False, True, True, False]
+    assert [metrics.differs(smaller, x) for x in (0.5, 1.0, 2.0, np.nan)] == [True, True, False, False]
+    assert not metrics.differs(none, 1.0)
+
+
 def test_every_claim_is_complete() -> None:
     for name, claim in metrics.claims().items():
         assert {"notebook", "source", "metric", "branch", "rule", "controls"} <= set(claim), name
