@@ -22,6 +22,7 @@ import numpy as np
 if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.figure import Figure
+    from pandas.io.formats.style import Styler
 
 TIERS = {"preview": "preview", "full": "paper"}
 _BF16 = {"dtype": "bfloat16"}
@@ -30,15 +31,21 @@ _BF16 = {"dtype": "bfloat16"}
 
 @dataclass(frozen=True)
 class Notebook:
-    """A notebook, the figures it draws, and its parameters by tier."""
+    """A notebook, the figures it draws, its parameters by tier, and whether it ends with a table of verdicts."""
 
     name: str
     figures: tuple[str, ...]
     tiers: dict[str, dict[str, Any]]
+    judges: bool = True
 
     def files(self, figure: str) -> list[str]:
         """File names of a figure: png, pdf and json."""
         return [f"{self.name[:2]}_{figure}.{kind}" for kind in ("png", "pdf", "json")]
+
+    @property
+    def claims(self) -> list[str]:
+        """File names of its table of verdicts: one, or none."""
+        return [f"{self.name[:2]}_claims.json"] if self.judges else []
 
 
 NOTEBOOKS = (
@@ -126,6 +133,7 @@ NOTEBOOKS = (
             "preview": {"prompts": 5, "pairs": 6, "steps": 6, "ensemble": 2, "ks": [2, 8, 32], "draws": 1},
             "full": {**_BF16, "prompts": 32, "pairs": 48, "steps": 20, "ensemble": 8, "ks": [2, 8, 32], "draws": 3},
         },
+        judges=False,  # its verdicts are a figure
     ),
 )
 
@@ -173,6 +181,16 @@ def save(
     }
     (folder / f"{name}.json").write_text(json.dumps(document) + "\n")
     return figure
+
+
+def save_claims(table: Styler, name: str, folder: str | Path, provenance: Mapping[str, Any], **parameters: Any) -> Styler:
+    """Write a table of verdicts (``metrics.verdicts``) as ``<name>.json`` and give it back; arguments as for ``save``."""
+    if folder:
+        origin = {k: v for k, v in provenance.items() if k != "call"}
+        document = {"parameters": parameters, **origin, "claims": table.data.to_dict("records")}
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+    return table
 
 
 def _rounded(value: Any) -> Any:
@@ -263,6 +281,7 @@ def run(notebook: Notebook, parameters: dict[str, Any], folder: Path, force: boo
     stamp_path = folder / "executed" / f"{notebook.name}.stamp"
     stamp = _stamp(source, parameters)
     outputs = [folder / name for figure in notebook.figures for name in notebook.files(figure)]
+    outputs += [folder / name for name in notebook.claims]
     row = {"notebook": notebook, "status": "unchanged", "seconds": 0.0, "error": ""}
     if not force and stamp_path.exists() and stamp_path.read_text() == stamp and all(p.exists() for p in outputs):
         return row
@@ -305,7 +324,7 @@ def _stamp(notebook: Path, parameters: dict[str, Any]) -> str:
 
 
 def summary(rows: list[dict[str, Any]], folder: Path) -> str:
-    """The closing table: figure, n, seconds of its notebook, status."""
+    """The closing tables: figure, n, seconds of its notebook, status; claim, what was measured, verdict."""
     green, red, plain = ("\033[32m", "\033[31m", "\033[0m") if sys.stdout.isatty() else ("", "", "")
     lines = [f"{'figure':<24} {'n':>7} {'seconds':>8}  status"]
     for row in rows:
@@ -318,6 +337,10 @@ def summary(rows: list[dict[str, Any]], folder: Path) -> str:
             name = f"{notebook.name[:2]}_{figure}"
             count = "-" if n is None else n
             lines.append(f"{name:<24} {count:>7} {row['seconds']:>8.1f}  {colour}{row['status']}{plain}")
+    done = [name for row in rows if row["status"] != "failed" for name in row["notebook"].claims]
+    judged = [claim for name in done for claim in json.loads((folder / name).read_text())["claims"]]
+    lines += ["", f"{'claim':<32} {'measured':<38} verdict"] if judged else []
+    lines += [f"{claim['claim']:<32} {claim['measured']:<38} {claim['verdict']}" for claim in judged]
     lines += [row["error"] for row in rows if row["error"]]
     return "\n".join([*lines, f"Figures are in {folder}"])
 

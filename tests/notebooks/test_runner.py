@@ -17,6 +17,11 @@ for name in {names}:
     for kind in ("png", "pdf", "json"):
         pathlib.Path(out, f"{{name}}.{{kind}}").write_text(json.dumps({{"n": size}}))
 """
+CLAIM = """
+from malib import figures, metrics
+found = metrics.verdicts({"few_channels": metrics.Estimate(12.0, 11.0, 13.0, size)})
+figures.save_claims(found, "92_claims", out, {"device": "cpu", "call": {}}, size=size)
+"""
 
 
 def write(folder: Path, name: str, *cells: str) -> None:
@@ -37,7 +42,7 @@ def statuses(text: str) -> dict[str, str]:
 def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A notebook that fails in its second cell, and one that draws."""
     write(tmp_path, "91_bad", "raise ValueError('the sky fell')")
-    write(tmp_path, "92_good", DRAW.format(names=["92_one", "92_two"]))
+    write(tmp_path, "92_good", DRAW.format(names=["92_one", "92_two"]), CLAIM)
     registry = (
         Notebook("91_bad", ("zero",), {"preview": {"size": 1}, "full": {"size": 9}}),
         Notebook("92_good", ("one", "two"), {"preview": {"size": 5}, "full": {"size": 9}}),
@@ -53,6 +58,11 @@ def test_a_failing_notebook_is_named_and_leaves_the_others_running(two: Path, ca
     assert "91_bad, cell 2: ValueError: the sky fell" in text
     assert statuses(text) == {"91_zero": "failed", "92_one": "drawn", "92_two": "drawn"}
     assert json.loads((two / "out" / "92_one.json").read_text()) == {"n": 5}
+    assert [line.split() for line in text.splitlines() if "few_channels" in line] == [
+        ["few_channels", "12", "[11,", "13],", "n", "=", "5", "holds"]
+    ]
+    saved = json.loads((two / "out" / "92_claims.json").read_text())
+    assert saved["claims"][0]["rule"] == "at least 10" and saved["device"] == "cpu" and saved["parameters"] == {"size": 5}
 
 
 def test_unchanged_notebooks_are_skipped_until_forced_or_changed(two: Path, capsys) -> None:

@@ -97,7 +97,7 @@ def test_a_difference_counts_where_the_amount_does_not_explain_it() -> None:
 
 def test_every_claim_is_complete() -> None:
     for name, claim in metrics.claims().items():
-        assert {"notebook", "source", "metric", "branch", "rule", "controls"} <= set(claim), name
+        assert {"notebook", "says", "source", "metric", "branch", "rule", "controls"} <= set(claim), name
         assert set(claim["rule"]) <= {"at_least", "at_most"} and len(claim["rule"]) == 1
 
 

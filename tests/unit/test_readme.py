@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
-from malib import ChannelStats, Clusters, DiT, Gates, HiddenStates, TopK, families, figures
+from malib import ChannelStats, Clusters, DiT, Gates, HiddenStates, TopK, families, figures, metrics
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_story_runs_as_it_stands(capsys) -> None:
@@ -18,9 +20,8 @@ def test_the_story_runs_as_it_stands(capsys) -> None:
 
 
 def test_every_local_link_and_picture_exists() -> None:
-    root = Path(__file__).parents[2]
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (root / target).exists(), target
+        assert (ROOT / target).exists(), target
 
 
 def test_the_commands_for_other_models_name_parameters_that_the_notebooks_have() -> None:
@@ -53,6 +54,23 @@ def test_the_table_of_architectures_is_that_of_the_rows() -> None:
     assert len(table) == len(families.FAMILIES)
     for line, family in zip(table, families.FAMILIES, strict=True):
         assert f"`{family.pipeline or family.transformer}`" in line and line.endswith(row_of(family))
+
+
+def claim_table() -> str:
+    """The verdicts of figures/paper, as the README shows them."""
+    lines = ["| | claim | whose | measured | rule | verdict |", "|---|---|---|---|---|---|"]
+    known = metrics.claims()
+    for name in [name for notebook in figures.NOTEBOOKS for name in notebook.claims]:
+        path = ROOT / "figures" / "paper" / name
+        for row in json.loads(path.read_text())["claims"] if path.exists() else []:
+            claim = known[row["claim"]]
+            cells = (name[:2], claim["says"], re.split(r" \(|:", claim["source"])[0])
+            lines.append(f"| {' | '.join(cells)} | {row['measured']} | {row['rule']} | {row['verdict']} |")
+    return "\n".join(lines)
+
+
+def test_the_table_of_verdicts_is_that_of_the_figures() -> None:
+    assert README.split("<!-- claims -->")[1].split("<!-- /claims -->")[0].strip() == claim_table()
 
 
 RUNS = {  # blocks, width and image tokens at 1024 x 1024 (mini-flux: 64 x 64); steps and branches of data/models.yaml
