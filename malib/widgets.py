@@ -476,7 +476,7 @@ def claim(estimates: Mapping[tuple[str, str], metrics.Estimate]) -> ipywidgets.V
 
     def show(_: object = None) -> None:
         about = metrics.claims()[which.value]
-        lines = {key: about[key] for key in ("source", "metric", "controls", "notebook")} | {
+        lines = {key: about[key] for key in ("says", "source", "metric", "controls", "notebook")} | {
             "rule": metrics.rule(which.value)
         }
         text.value = "<br>".join(f"<b>{name}</b>: {value}" for name, value in lines.items())
