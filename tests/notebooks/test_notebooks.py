@@ -18,6 +18,17 @@ from .. import architectures
 SMALL = ["-p", "prompts=3", "-p", "seeds=2", "-p", "steps=3", "-p", "dumps=2"]
 
 
+def claims_of(notebook: str) -> set[str]:
+    """The claims that data/claims.yaml gives to a notebook."""
+    return {name for name, claim in metrics.claims().items() if claim["notebook"] == notebook}
+
+
+def told(document: dict) -> set[str]:
+    """The claims that a notebook's table of verdicts holds."""
+    assert len(document["weights"]) == 64
+    return {row["claim"] for row in document["claims"]}
+
+
 @pytest.mark.parametrize("model", ["mini-flux", "sd3", "sana"])
 def test_discovery(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setenv("MALIB_CACHE", str(tmp_path / "cache"))
@@ -27,6 +38,7 @@ def test_discovery(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     status = figures.main(["--only", "01_discovery", "--model", source, "--out", str(tmp_path / "out"), *SMALL])
     assert status == 0, capsys.readouterr().out
     documents = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "out").glob("*.json")}
+    assert told(documents.pop("01_claims")) == claims_of("01_discovery")
     assert set(documents) == {f"01_{figure}" for figure in figures.NOTEBOOKS[0].figures}
     for name, document in documents.items():
         assert (
@@ -78,6 +90,9 @@ def test_the_other_notebooks(
     assert status == 0, capsys.readouterr().out
     documents = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "out").glob("*.json")}
     (registered,) = (n for n in figures.NOTEBOOKS if n.name == notebook)
+    if registered.judges:
+        found = told(documents.pop(f"{notebook[:2]}_claims"))
+        assert found == claims_of(notebook) if model == "mini-flux" else found <= claims_of(notebook)
     assert set(documents) == {f"{notebook[:2]}_{figure}" for figure in registered.figures}
     assert all(d["n"] > 0 and len(d["weights"]) == 64 for d in documents.values())
 
