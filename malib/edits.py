@@ -373,6 +373,10 @@ class _InterpolateListener(_Listener):
         super().__init__(record, run)
         self.groups: dict[str, int] = {}
 
+    def needs(self, step: int, branch: str) -> bool:
+        """Only the source's prompt is read, which is there before a call."""
+        return False
+
     def __call__(self, event: Event, x: Tensor, companions: dict[str, Tensor]) -> None:
         if not self.record.covers(event) or not self.record.strength:
             return
@@ -396,6 +400,12 @@ class _TransportListener(_Listener):
         self.groups: dict[str, int] = {}  # which companions of the batch are "source" and "target"
         self._done, self._size = 0, 0
         self._given: Tensor | None = None
+
+    def needs(self, step: int, branch: str) -> bool:
+        """A prompt's source draws its own picture until it is last read; pictures are given anew at every step."""
+        if isinstance(self.record.source, Pictures) and "target" not in self.groups:
+            return self.record.reaches(step, branch)
+        return self.record.steps is None or step <= max(self.record.steps)
 
     def __call__(self, event: Event, x: Tensor, companions: dict[str, Tensor]) -> None:
         if not self.record.covers(event):

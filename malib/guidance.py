@@ -2,9 +2,9 @@
 
 With the usual scale s of classifier-free guidance and lambda = s - 1, the velocity of a step is
 ``D(c) + lambda * (D(c) - D(null)) + w * (D(c) - D_m(c))``, D_m being the model degraded at layer m. The degraded samples
-travel in one batch with their originals as companions, so that both read the same latents at every step. The last term is
-added to D(c) before the pipeline combines the branches. A pipeline that rescales after guidance (Qwen-Image) rescales this
-term, too, so that there the formula holds up to a factor for each token.
+travel in one batch with their originals as companions, so that both read the same latents at every step; calls that are
+not guided go without them. The last term is added to D(c) before the pipeline combines the branches. A pipeline that
+rescales after guidance (Qwen-Image) rescales this term, too, so that there the formula holds up to a factor for each token.
 """
 
 from __future__ import annotations
@@ -119,6 +119,10 @@ class _GuidanceListener(_Listener):
 
     def wants(self, layer: int, stream: str, point: str) -> bool:
         return point == "velocity"
+
+    def needs(self, step: int, branch: str) -> bool:
+        """The degraded model is asked in guided calls alone; elsewhere it would give what the model gives."""
+        return self.record.reaches(step, branch)
 
     def __call__(self, event: Event, x: Tensor, companions: dict[str, Tensor]) -> None:
         degraded = companions["degraded"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -51,7 +51,9 @@ class Listener(Protocol):
     """Reads, or writes in place, the tensors of the events it wants.
 
     One that has ``groups`` (numbers by name) is called with a third argument, the tensors of its companions by name: samples
-    that travel behind the others in the same batch, group after group. All others never see companions.
+    that travel behind the others in the same batch, group after group. All others never see companions. It also has
+    ``needs(step, branch)``: whether it will read companions there, or later what the model makes of them there. Where no
+    listener does, they are left out of the call (but for the point "prompt"), and get their samples' velocity.
     """
 
     writes: bool
@@ -104,7 +106,9 @@ class Tap(AbstractContextManager):
         self._own = samples // (1 + groups)
         self._listeners = sorted(listeners, key=lambda listener: not listener.writes)
         self._undo = ExitStack()
+        self._companioned = [listener for listener in listeners if getattr(listener, "groups", None)]
         self._calls, self._named, self._branches = 0, "", BRANCHES[:1]
+        self._lengths, self._places = [samples], None  # samples of each branch in this call, and where all find theirs
         self.step, self.latents = 0, None
 
     def __enter__(self) -> Tap:
@@ -120,6 +124,9 @@ class Tap(AbstractContextManager):
                 undo.callback(transformer.register_forward_pre_hook(hook, with_kwargs=True).remove)
             if wanted := self._wanting(-1, "image", "velocity"):
                 undo.callback(transformer.register_forward_hook(self._velocity_hook(wanted)).remove)
+            if self._companioned:
+                undo.callback(transformer.register_forward_pre_hook(self._leave_out, with_kwargs=True).remove)
+                undo.callback(transformer.register_forward_hook(self._fill_in).remove)
             for block in blocks_of(transformer, self._family):
                 self._tap_block(undo, block)
             self._undo = undo.pop_all()
@@ -172,6 +179,37 @@ class Tap(AbstractContextManager):
         else:
             self._branches = (self._named if self._named in BRANCHES else order[self._calls],)
         self._calls += 1
+        self._lengths, self._places = [self._samples] * len(self._branches), None
+
+    def _leave_out(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        """Take the companions that no one needs out of a call: they cost as much as any sample."""
+        kept = [any(listener.needs(self.step, branch) for listener in self._companioned) for branch in self._branches]
+        if all(kept):
+            return None
+        batch, rows, self._places = len(self._branches) * self._samples, [], []
+        for number, keep in enumerate(kept):
+            self._lengths[number] = length = self._samples if keep else self._own
+            self._places += [len(rows) + i % length for i in range(self._samples)]
+            rows += range(number * self._samples, number * self._samples + length)
+
+        def take(name: str, x: Any) -> Any:
+            if isinstance(x, dict):
+                return {key: take(key, value) for key, value in x.items()}
+            if isinstance(x, Tensor) and not (name.endswith("_ids") and x.ndim == 2):  # those are places of tokens
+                return x[rows] if x.ndim and len(x) == batch else x
+            return [x[row] for row in rows] if isinstance(x, list) and len(x) == batch else x
+
+        return tuple(take("", x) for x in args), take("", kwargs)
+
+    def _fill_in(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """Give companions that were left out the velocity of their samples, so that the pipeline can go on."""
+        if self._places is None:
+            return None
+        x = output[0]
+        x = x[self._places] if isinstance(x, Tensor) else [x[place] for place in self._places]
+        if isinstance(output, tuple):
+            return (x, *output[1:])
+        return replace(output, **{next(iter(output)): x})
 
     def _tap_block(self, undo: ExitStack, block: Block) -> None:
         stack = block.stack
@@ -192,13 +230,13 @@ class Tap(AbstractContextManager):
         return [listener for listener in self._listeners if listener.wants(layer, stream, point)]
 
     def _send(self, wanted: list[Listener], x: Tensor, *site: Any) -> None:
-        for branch, part in zip(self._branches, x.chunk(len(self._branches)), strict=True):
+        for branch, part in zip(self._branches, x.split(self._lengths), strict=True):
             event, (own, *companions) = Event(self.step, branch, *site), part.split(self._own)
             for listener in wanted:
                 groups = getattr(listener, "groups", None)
                 if groups is None:
                     listener(event, own)
-                else:
+                elif companions or not groups:
                     listener(event, own, {name: companions[number] for name, number in groups.items()})
 
     def _part(self, x: Tensor, stack: Stack, stream: str) -> Tensor:

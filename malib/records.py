@@ -98,7 +98,11 @@ class Window:
 
     def covers(self, event: Event) -> bool:
         """Whether an event of a wanted site lies in the window's steps and branches."""
-        return (self.steps is None or event.step in self.steps) and (self.branches is None or event.branch in self.branches)
+        return self.reaches(event.step, event.branch)
+
+    def reaches(self, step: int, branch: str) -> bool:
+        """Whether a step and branch lie in the window."""
+        return (self.steps is None or step in self.steps) and (self.branches is None or branch in self.branches)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from malib import Channels, ChannelStats, DetailGuidance, Disrupt, DiT, HiddenStates, RandomK, SkipLayerGuidance, TopK
+from malib import (
+    Channels,
+    ChannelStats,
+    DetailGuidance,
+    Disrupt,
+    DiT,
+    HiddenStates,
+    Interpolate,
+    RandomK,
+    SkipLayerGuidance,
+    TopK,
+    Transport,
+)
+from malib.edits import _InterpolateListener, _TransportListener
+from malib.guidance import _GuidanceListener
 
 from .. import architectures
 from .test_contract import PROMPTS
@@ -126,3 +140,38 @@ def test_steps_outside_the_window_are_plain(any_dit: DiT) -> None:
 def test_bad_guides_get_one_sentence(flux_dit: DiT, guide, edits, kind, words: str) -> None:
     with pytest.raises(kind, match=words):
         flux_dit.generate(PROMPTS, steps=1, guide=guide, edits=edits)
+
+
+SOURCE = "a blue ring"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ({"guide": DetailGuidance(1.0, 1, TopK(3))}, [3, 3]),  # the uncond branch does without the degraded model
+        ({"guide": SkipLayerGuidance(1.0, 1, steps=1)}, [2, 3]),
+        ({"edits": [Interpolate(source=SOURCE, strength=0.5)]}, [2, 2]),  # of the source only the prompt is read
+        ({"edits": [Transport(TopK(3), SOURCE, steps=0)]}, [4, 2]),
+        ({"edits": [Transport(TopK(3), SOURCE, branches="cond")]}, [4, 4]),  # the source draws a picture of its own
+    ],
+)
+def test_companions_travel_only_where_they_are_read(
+    any_dit: DiT, wanted: dict, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples that reach the first block in each step, over those asked for; and the same latents as if all travelled."""
+    if "edits" in wanted and any_dit.family.classes:
+        pytest.skip("takes classes, not the source's words")
+    if not any_dit.family.cfg_argument:
+        pytest.skip("has no true guidance")
+    seen: list[int] = []
+
+    def count(module, args, kwargs):
+        seen.append(len(args[0] if args else kwargs["hidden_states"]))
+
+    with any_dit.blocks[0].module.register_forward_pre_hook(count, with_kwargs=True):
+        found = any_dit.generate(PROMPTS, steps=2, cfg=3.0, **wanted)
+    assert (np.array(seen).reshape(2, -1).sum(1) / len(PROMPTS)).tolist() == expected
+    for listener in (_GuidanceListener, _InterpolateListener, _TransportListener):
+        monkeypatch.setattr(listener, "needs", lambda self, step, branch: True)
+    whole = any_dit.generate(PROMPTS, steps=2, cfg=3.0, **wanted)
+    np.testing.assert_allclose(found.latents, whole.latents, rtol=1e-4, atol=1e-4)
