@@ -160,7 +160,7 @@ def test_companions_travel_only_where_they_are_read(
 ) -> None:
     """Samples that reach the first block in each step, over those asked for; and the same latents as if all travelled."""
     edited = wanted.get("edits", [None])[0]
-    if edited and any_dit.family.classes or isinstance(edited, Interpolate) and not any_dit.family.conditioning:
+    if (edited and any_dit.family.classes) or (isinstance(edited, Interpolate) and not any_dit.family.conditioning):
         pytest.skip("takes no prompts, or none that could be mixed")
     if not any_dit.family.cfg_argument:
         pytest.skip("has no true guidance")
