@@ -113,13 +113,20 @@ def claims() -> dict[str, dict[str, Any]]:
     return yaml.safe_load((data_folder() / "claims.yaml").read_text())
 
 
+def _claim(name: str) -> dict[str, Any]:
+    """One claim; KeyError with the known names where there is none of this name."""
+    if name not in claims():
+        raise KeyError(f"'{name}' is no claim; data/claims.yaml has {', '.join(claims())}.")
+    return claims()[name]
+
+
 FAIR = 0.05
 """How far the amounts that two edits change may differ in a fair comparison."""
 
 
 def rule(claim: str) -> str:
     """A claim's decision rule in words, e.g. "at least 10"."""
-    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in claims()[claim]["rule"].items())
+    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in _claim(claim)["rule"].items())
 
 
 def verdict(claim: str, estimate: Estimate, amount: float | Sequence[float] = 1.0) -> str:
@@ -136,7 +143,7 @@ def verdict(claim: str, estimate: Estimate, amount: float | Sequence[float] = 1.
     Raises:
         KeyError: an unknown claim.
     """
-    limits = claims()[claim]["rule"]
+    limits = _claim(claim)["rule"]
     if estimate.n < 5:
         return "undecided"
     if "at_least" in limits:
@@ -162,7 +169,7 @@ def verdicts(found: Mapping[str, Estimate], amounts: Mapping[str, float | Sequen
     for name, estimate in found.items():
         changed = amounts.get(name, 1.0)
         told = " to ".join(f"{x:.2f}" for x in sorted({np.min(changed), np.max(changed)})) if name in amounts else ""
-        row = {"claim": name, "source": claims()[name]["source"], "rule": rule(name), "measured": str(estimate)}
+        row = {"claim": name, "source": _claim(name)["source"], "rule": rule(name), "measured": str(estimate)}
         row |= {"control changed": told} if amounts else {}
         rows.append(row | {"verdict": verdict(name, estimate, changed)})
     return pd.DataFrame(rows).style.hide(axis="index")

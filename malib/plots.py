@@ -6,6 +6,7 @@ Each static function takes the dataset with exactly the numbers it draws and ret
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
@@ -40,6 +41,7 @@ def _canvas(rows: int, columns: int, size: tuple[float, float], **kwargs: Any) -
 
 
 def _finish(figure: Figure, title: str, data: xr.Dataset) -> Figure:
+    title = textwrap.fill(title, int(10 * figure.get_figwidth()))  # about ten letters of this size to an inch
     figure.suptitle(title, fontsize=11.5, fontweight="bold", x=0.01, ha="left")
     words = [f"n = {data.attrs['n']}"] if "n" in data.attrs else []
     figure.supxlabel(

@@ -95,6 +95,11 @@ def test_a_difference_counts_where_the_amount_does_not_explain_it() -> None:
     assert not metrics.differs(none, 1.0)
 
 
+def test_an_unknown_claim_is_named_beside_the_known_ones() -> None:
+    with pytest.raises(KeyError, match=r"'all_is_well' is no claim; .*few_channels"):
+        metrics.verdict("all_is_well", Estimate(0, 0, 0, 9))
+
+
 def test_every_claim_is_complete() -> None:
     for name, claim in metrics.claims().items():
         assert {"notebook", "says", "source", "metric", "branch", "rule", "controls"} <= set(claim), name
