@@ -4,7 +4,7 @@
 """
 
 from .cache import Store
-from .channels import BottomK, Channels, EnergyMatched, RandomK, TopK
+from .channels import AmountMatched, BottomK, Channels, EnergyMatched, RandomK, TopK
 from .dit import DiT, load
 from .edits import Disrupt, Interpolate, Pictures, Transport
 from .generation import Comparison, Generation, Renoised
@@ -12,6 +12,7 @@ from .guidance import DetailGuidance, SkipLayerGuidance
 from .records import ChannelStats, Clusters, Gates, HiddenStates, Modulation
 
 __all__ = [
+    "AmountMatched",
     "BottomK",
     "ChannelStats",
     "Channels",

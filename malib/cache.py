@@ -30,7 +30,7 @@ def default_folder() -> Path:
 
 
 def describe(value: Any) -> Any:
-    """A value as plain JSON: dataclasses by type, version and fields; arrays by shape, dtype and content hash.
+    """A value as plain JSON: dataclasses by type, version and fields; arrays by shape, dtype, content hash and labels.
 
     Raises:
         TypeError: a value that has no faithful description.
@@ -40,6 +40,9 @@ def describe(value: Any) -> Any:
         return {"type": type(value).__name__, "version": getattr(value, "version", 1), **fields}
     if isinstance(value, Mapping):
         return {str(k): describe(v) for k, v in value.items()}
+    if hasattr(value, "dims"):  # an xarray.DataArray
+        labels = {name: describe(value[name].values) for name in value.dims if name in value.coords}
+        return {"labelled": describe(value.values), "dims": list(value.dims), **labels}
     if isinstance(value, (list, tuple)):
         return [describe(v) for v in value]
     if isinstance(value, np.generic):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import combinations
 from typing import TYPE_CHECKING, ClassVar
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import xarray as xr
     from torch import Tensor
 
+AXES = ("sample", "step", "branch", "layer")
 KINDS = ("mean", "magnitude")
 
 
@@ -64,6 +65,10 @@ class Rule:
     def ids(self, x: Tensor, layer: int) -> Tensor:
         """(samples, k) channel ids, in the rule's own order."""
         raise self._varying()
+
+    def at(self, step: int, branch: str, rows: slice) -> Rule:
+        """The rule for some samples of a run, at one step and branch: itself, unless it looks something up there."""
+        return self
 
     @property
     def fixed_k(self) -> int:
@@ -150,14 +155,69 @@ class EnergyMatched(_Ranked):
     fixed_k = Rule.fixed_k
 
     def mask(self, x: Tensor, layer: int, change: Tensor | None = None) -> Tensor:  # noqa: D102
-        energy = (x if change is None else change).float().square().sum(1)
         top = score(x, self.kind).topk(_fits(self.k, x), dim=1).indices
+        energy, order, shuffled = self._shuffled(x, layer, change, top)
         goal = energy.gather(1, top).sum(1, keepdim=True)
+        return _scattered(shuffled.cumsum(1) - shuffled < goal, order, top)
+
+    def _shuffled(self, x: Tensor, layer: int, change: Tensor | None, top: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Energy of the change in every channel, a random order of the channels, and the energy in that order; 0 in top."""
+        energy = (x if change is None else change).float().square().sum(1)
         order = _random_order(x, self.seed, layer).argsort(1, descending=True)
-        shuffled = energy.scatter(1, top, 0.0).gather(1, order)
-        chosen = shuffled.cumsum(1) - shuffled < goal
-        mask = chosen.new_zeros(chosen.shape).scatter_(1, order, chosen)
-        return mask.scatter_(1, top, False)
+        return energy, order, energy.scatter(1, top, 0.0).gather(1, order)
+
+
+@dataclass(frozen=True, eq=False)
+class AmountMatched(EnergyMatched):
+    """Random channels, the top ``k`` excluded, until as much changes in them as another run has changed at the same site.
+
+    ``EnergyMatched`` asks what the top ``k`` would change in its own run. In a transport that overshoots: the massive
+    channels of the massive run hold the source's values after the first block and change little later on, those of the
+    control's run never do. With the ``amount`` that the massive run has recorded, both change as much at every site, to the
+    half of a channel.
+
+    Attributes:
+        amounts: what to match, ``records.transport.amount`` or ``records.disrupt.amount`` (sample, step, branch, layer).
+    """
+
+    amounts: xr.DataArray | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if getattr(self.amounts, "dims", None) != AXES:
+            raise TypeError(
+                f"AmountMatched was given amounts={type(self.amounts).__name__}; give it records.transport.amount or "
+                "records.disrupt.amount of the run to match."
+            )
+
+    def at(self, step: int, branch: str, rows: slice) -> Rule:  # noqa: D102
+        try:
+            there = self.amounts[rows].sel(step=step, branch=branch)
+        except KeyError:
+            raise ValueError(
+                f"The run to match changed nothing at step {step}, branch {branch}; give this edit the same window."
+            ) from None
+        return _UpTo(self.k, self.kind, self.seed, there)
+
+
+@dataclass(frozen=True, eq=False)
+class _UpTo(EnergyMatched):
+    """``AmountMatched`` at one step and branch: ``amounts`` (sample, layer), mean over the tokens."""
+
+    amounts: xr.DataArray | None = None
+
+    def mask(self, x: Tensor, layer: int, change: Tensor | None = None) -> Tensor:
+        if layer not in self.amounts.layer:
+            raise ValueError(f"The run to match changed nothing at layer {layer}; give this edit the same window.")
+        wanted = x.new_tensor(self.amounts.sel(layer=layer).values, dtype=float).float()
+        top = score(x, self.kind).topk(_fits(self.k, x), dim=1).indices
+        _, order, shuffled = self._shuffled(x, layer, change, top)
+        return _scattered(shuffled.cumsum(1) - shuffled / 2 < wanted[:, None] * x.shape[1], order, top)
+
+
+def _scattered(chosen: Tensor, order: Tensor, top: Tensor) -> Tensor:
+    """What was chosen in an order, as a mask of channels without the top."""
+    return chosen.new_zeros(chosen.shape).scatter_(1, order, chosen).scatter_(1, top, False)
 
 
 @dataclass(frozen=True)
@@ -178,19 +238,22 @@ class Channels(Rule):
         return x.new_tensor(ids, dtype=int).expand(x.shape[0], -1)
 
 
-def controls(k: int, draws: int = 1) -> dict[str, list[Rule]]:
+def controls(k: int, draws: int = 1, amounts: xr.DataArray | None = None) -> dict[str, list[Rule]]:
     """The massive channels and the rules that they must be held against, by name.
 
     Args:
         k: number of massive channels.
         draws: how many random draws of each control that has some; average over them.
+        amounts: what the run with the top ``k`` has changed, which "equal energy" then matches site by site
+            (``AmountMatched``); None matches what the top ``k`` would change in the control's own run.
 
     Returns:
         "top"; "equal energy", so many random channels as change as much; "random" k, without the top k; "bottom" k.
     """
+    matched = EnergyMatched if amounts is None else partial(AmountMatched, amounts=amounts)
     return {
         "top": [TopK(k)],
-        "equal energy": [EnergyMatched(k, seed=s) for s in range(draws)],
+        "equal energy": [matched(k, seed=s) for s in range(draws)],
         "random": [RandomK(k, seed=s, without_top=k) for s in range(draws)],
         "bottom": [BottomK(k)],
     }

@@ -389,6 +389,7 @@ class DiT:
         }
         run = Run(len(prompts), steps, self.blocks, (height, width), float(cfg))
         listeners = [item.start(run) for item in (*edits, *record)]
+        self._check_sites(edits, cfg)
         groups = self._groups(edits, listeners, (height, width))
         described, context = describe(call), self.context
         key = key_of({**described, **context})
@@ -416,6 +417,7 @@ class DiT:
             images.append(batch[0])
             latents.append(batch[1])
             sigmas = batch[2]
+            _check_recorded(edits, sigmas)
             for listener in listeners:
                 listener.flush()
         records = self._datasets((*edits, *record), listeners, prompts, seeds, sigmas)
@@ -522,6 +524,20 @@ class DiT:
             yield
         finally:
             self.pipeline.scheduler = own
+
+    def _check_sites(self, edits: list[Any], cfg: float) -> None:
+        """Refuse an edit whose branch or stream this run does not have: it would change nothing, and nobody would know."""
+        for edit in edits:
+            name = type(edit).__name__
+            if edit.branches is not None and "cond" not in edit.branches and cfg <= 1:
+                raise ValueError(f"{name} is for the branch uncond, but without true guidance (cfg=1) there is cond alone.")
+            stacks = {b.stack.label: b.stack for b in self.blocks if edit.layers is None or b.layer in edit.layers}
+            sites = {"output": "returns", "input": "arguments"}
+            if edit.point in sites and not any(edit.stream in getattr(s, sites[edit.point]) for s in stacks.values()):
+                raise ValueError(
+                    f"{name} is for the {edit.stream} stream, which no block of its layers has at its {edit.point}; use "
+                    "another stream, or other layers."
+                )
 
     def _groups(self, edits: list[Any], listeners: list[Any], size: tuple[int, int]) -> list[Any]:
         """The groups of companions: the edit whose they are, None for undisturbed targets; tells the listeners theirs."""
@@ -853,6 +869,16 @@ def _check_prompts(prompts: list[str]) -> None:
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"Prompt {i} is {prompt!r}; every prompt must be non-empty text.")
+
+
+def _check_recorded(edits: list[Any], sigmas: list[float]) -> None:
+    """Refuse a source that was recorded at other noise levels than those of the run."""
+    for source in (getattr(edit, "source", None) for edit in edits):
+        if isinstance(source, Recorded) and not np.allclose(source.sigmas, sigmas, atol=1e-4):
+            raise ValueError(
+                f"The source was recorded from sigma {source.sigmas[0]:.3g} on and this run begins at {sigmas[0]:.3g}, or "
+                "the steps between differ; record it with the same start and scheduler."
+            )
 
 
 def _as_windows(items: Any, name: str) -> list[Any]:

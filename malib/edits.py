@@ -83,8 +83,30 @@ def controls(k: int, draws: int = 1, **window: Any) -> dict[str, list[list[Disru
     return found | {"equal norm": [[Disrupt(TopK(k), mode="rotate", seed=s, **window)] for s in range(draws)]}
 
 
-class _DisruptListener(_Listener):
+class _EditListener(_Listener):
+    """Knows which samples of the run are in the batch."""
+
     writes = True
+
+    def __init__(self, record: Window, run: Run) -> None:
+        super().__init__(record, run)
+        self._done, self._size = 0, 0
+
+    def rows(self, held: int, count: int) -> slice:
+        """The rows of this batch of what was given once for all, or once a sample."""
+        self._size = count
+        return slice(None) if held == 1 else slice(self._done, self._done + count)
+
+    def rule(self, event: Event, count: int) -> Rule:
+        """The record's rule for the samples of this batch."""
+        return self.record.channels.at(event.step, event.branch, self.rows(self.run.samples, count))
+
+    def flush(self) -> None:
+        super().flush()
+        self._done += self._size
+
+
+class _DisruptListener(_EditListener):
     record: Disrupt
 
     def __call__(self, event: Event, x: Tensor) -> None:
@@ -95,7 +117,7 @@ class _DisruptListener(_Listener):
             raise ValueError(
                 f"Tokens {min(tokens)} to {max(tokens)} were to be disrupted; this run has tokens 0 to {x.shape[1] - 1}."
             )
-        rule, before, change = self.record.channels, x.clone(), None
+        rule, before, change = self.rule(event, len(x)), x.clone(), None
         if rule.weighs:
             changed = x.clone()
             self._apply(changed, x.new_ones(x.shape[0], x.shape[2], dtype=bool), event.layer)
@@ -268,7 +290,13 @@ class Transport(Window):
         if isinstance(source, Generation):
             source = Recorded.of(source, self.channels, self)
         elif not isinstance(source, (Pictures, Recorded)):
-            source = (source,) if isinstance(source, str) else tuple(source)
+            source = (source,) if isinstance(source, str) else source
+            if not isinstance(source, Sequence) or not all(isinstance(s, str) for s in source):
+                raise TypeError(
+                    f"source is {type(self.source).__name__}; give a prompt or a list of them, Pictures(...) around "
+                    "pictures, or a Generation."
+                )
+            source = tuple(source)
         object.__setattr__(self, "source", source)
         elsewhere = self.mask in ("source", "union") if isinstance(self.mask, str) else False
         if isinstance(source, Recorded) and (
@@ -391,14 +419,12 @@ class _InterpolateListener(_Listener):
         return xr.Dataset()
 
 
-class _TransportListener(_Listener):
-    writes = True
+class _TransportListener(_EditListener):
     record: Transport
 
     def __init__(self, record: Transport, run: Run) -> None:
         super().__init__(record, run)
         self.groups: dict[str, int] = {}  # which companions of the batch are "source" and "target"
-        self._done, self._size = 0, 0
         self._given: Tensor | None = None
 
     def needs(self, step: int, branch: str) -> bool:
@@ -410,15 +436,14 @@ class _TransportListener(_Listener):
     def __call__(self, event: Event, x: Tensor, companions: dict[str, Tensor]) -> None:
         if not self.record.covers(event):
             return
-        self._size = len(x)
-        rule, whose, site = self.record.channels, self.record.whose, (event.step, event.branch, event.layer)
+        rule, whose, site = self.rule(event, len(x)), self.record.whose, (event.step, event.branch, event.layer)
         if "source" in companions:
             source, mask, values = companions["source"], None, None
         else:
             source, mask, values = self._recorded(event, x)
         tokens = self._tokens(event, x, {**companions, "source": source}, values)
         if mask is None:
-            change = source - x if rule.weighs else None
+            change = (source - x) * self.record.strength if rule.weighs else None
             if rule.weighs and tokens is not None:
                 change = change * tokens[..., None]
             masks = [rule.mask(s, event.layer, change) for name, s in companions.items() if whose in (name, "union")]
@@ -467,11 +492,7 @@ class _TransportListener(_Listener):
             whole = np.isin(wanted, (0, 1)).all()
             mask = torch.from_numpy(wanted.astype(bool) if whole else wanted)
             self._given = mask.reshape(-1, x.shape[1]).to(x.device)
-        return self._given[self._rows(len(self._given), len(x))].expand(len(x), -1)
-
-    def _rows(self, held: int, count: int) -> slice:
-        """The rows of this batch of what was given once for all, or once a sample."""
-        return slice(None) if held == 1 else slice(self._done, self._done + count)
+        return self._given[self.rows(len(self._given), len(x))].expand(len(x), -1)
 
     def _recorded(self, event: Event, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The target with the source's channels put in, their mask, and their values (B, tokens, k)."""
@@ -490,15 +511,11 @@ class _TransportListener(_Listener):
             ) from None
         if known.values.shape[4] != x.shape[1]:
             raise ValueError(f"The source has {known.values.shape[4]} tokens and the target {x.shape[1]}; use equal sizes.")
-        here = (self._rows(len(known), len(x)), *place)  # one small copy a site: the whole record may not fit the device
+        here = (self.rows(len(known), len(x)), *place)  # one small copy a site: the whole record may not fit the device
         values = torch.from_numpy(known.values[here]).to(x.device, x.dtype).expand(len(x), -1, -1)
         ids = torch.from_numpy(known.ids[here]).to(x.device).long().expand(len(x), -1)
         mask = torch.zeros(len(x), x.shape[2], dtype=torch.bool, device=x.device).scatter_(1, ids, True)
         return x.scatter(2, ids[:, None].expand(-1, x.shape[1], -1), values), mask, values
-
-    def flush(self) -> None:
-        super().flush()
-        self._done += self._size
 
     def dataset(self) -> xr.Dataset:
         import xarray as xr

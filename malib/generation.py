@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html
+import struct
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 def check_pictures(images: np.ndarray) -> None:
     """Refuse what is no stack of pictures, uint8 (B, H, W, 3)."""
+    if not isinstance(images, np.ndarray):
+        raise TypeError(f"Pictures must be an array, uint8 (B, H, W, 3), not {type(images).__name__}; see open_picture.")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise ValueError(f"Pictures must be uint8 (B, H, W, 3), not {images.dtype} {images.shape}.")
 
@@ -40,9 +44,13 @@ def open_picture(source: str | Path | bytes, size: tuple[int, int]) -> np.ndarra
     name = "The picture" if isinstance(source, bytes) else f"'{source}'"
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
-            turned = ImageOps.exif_transpose(opened).convert("RGBA")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0][:120]
+            opened.load()
+            with suppress(struct.error, ValueError, SyntaxError):  # a broken EXIF says nothing; the picture is whole
+                ImageOps.exif_transpose(opened, in_place=True)
+            turned = opened.convert("RGBA")
+    except (OSError, SyntaxError, ValueError, struct.error, EOFError, Image.DecompressionBombError) as error:
+        told = "not a known format" if isinstance(error, UnidentifiedImageError) else str(error)
+        reason = (told.splitlines() or [type(error).__name__])[0][:120]
         raise ValueError(
             f"{name} could not be read as a picture ({reason}); give a whole PNG, JPEG or WebP file."
         ) from error

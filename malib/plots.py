@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 PALETTE = sns.color_palette("colorblind")
+_MANY = list(zip([*PALETTE, "0.1", "0.6", "tab:olive"], "osD^vP*X<>hdp", strict=True))  # thirteen kinds of mark
 _STYLE = {
     **sns.axes_style("ticks"),
     **sns.plotting_context("notebook", font_scale=0.85),
@@ -472,7 +473,7 @@ def sites(data: xr.Dataset) -> Figure:
         for number, rule in enumerate(data.rule.values):
             part = data.sel(rule=rule, measure=measure)
             bars = np.stack([part["mean"] - part.low, part.high - part["mean"]]).clip(0)
-            style = {"color": _COLOURS.get(rule, PALETTE[number]), "marker": _MARKERS.get(rule, "osD^vP*X<>"[number])}
+            style = {"color": _COLOURS.get(rule, _MANY[number][0]), "marker": _MARKERS.get(rule, _MANY[number][1])}
             shift = min(0.18, 0.8 / data.sizes["rule"]) * (number - (data.sizes["rule"] - 1) / 2)
             axis.errorbar(places + shift, part["mean"], bars, ls="", ms=5, capsize=2, label=rule, **style)
         axis.set_xticks(places, data.site.values, rotation=35, ha="right")
@@ -587,7 +588,7 @@ def tradeoff(data: xr.Dataset) -> Figure:
             np.stack([p["mean"] - p.low, p.high - p["mean"]]).clip(0)
             for p in (part.sel(measure=m) for m in ("likeness", "preservation"))
         ]
-        colour, marker = sns.color_palette("colorblind", 10)[number % 10], "osD^vP*X<>"[number % 10]
+        colour, marker = _MANY[number]
         axis.errorbar(x, y, bars[1], bars[0], color=colour, lw=0, elinewidth=0.6, alpha=0.5)
         axis.plot(x, y, color=colour, lw=1.2, zorder=2)
         axis.scatter(x, y, s=14 + 46 * data.strength.values, color=colour, marker=marker, label=name, zorder=3)

@@ -12,7 +12,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from .channels import Rule, TopK
+from .channels import AXES, Rule, TopK
 from .families import BRANCHES, STREAMS
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from .hooks import Block, Event
 
 log = logging.getLogger("malib")
-AXES = ("sample", "step", "branch", "layer")
 STATISTICS = ("score", "magnitude", "maximum", "energy")
 
 
@@ -52,6 +51,8 @@ class Window:
                 object.__setattr__(self, name, (value,))
             elif value is not None:
                 object.__setattr__(self, name, tuple(value))
+            if getattr(self, name) == ():
+                raise ValueError(f"{name} is empty, so nothing would be touched; give at least one, or None for all.")
         if self.stream not in STREAMS:
             raise ValueError(f"Stream '{self.stream}' is unknown; use one of {', '.join(STREAMS)}.")
         if self.point not in self.points:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import html
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -80,7 +81,7 @@ def explore(
         try:
             shown["now"] = watch(dit, text.value, seed.value, steps=steps, cfg=cfg, guidance=guidance, k=k.value)
         except Exception as error:  # shown beside the controls, where the person looks
-            status.value = f"<b>{error}</b>"
+            status.value = f"<b>{html.escape(str(error))}</b>"
             return
         status.value = ""
         rank.max = k.value
@@ -217,7 +218,7 @@ def transport(
     """Two prompts, channels, k, strength, mask, branch, blocks and steps; source, target and result side by side."""
     import ipywidgets as w
 
-    last = len(dit.blocks) - 1
+    last, scale = len(dit.blocks) - 1, dit.default_cfg if cfg is None else cfg
     text, seed = _prompt_and_seed(target)
     text.description = "target"
     other = w.Text(source, description="source", continuous_update=False, layout=w.Layout(width="720px"))
@@ -225,7 +226,7 @@ def transport(
     k = w.IntSlider(8, 1, min(64, dit.width // 2), description="k", continuous_update=False)
     strength = w.FloatSlider(value=1.0, min=0, max=1, step=0.05, description="strength", continuous_update=False)
     mask = w.Dropdown(options=["all", "source", "target", "union"], description="tokens")
-    branch = w.Dropdown(options=["both", "cond", "uncond"], description="branch")
+    branch = w.Dropdown(options=["both", "cond", "uncond"] if scale > 1 else ["both"], description="branch")
     layers = w.IntRangeSlider(value=(0, last), min=0, max=last, description="blocks", continuous_update=False)
     window = w.IntRangeSlider(value=(0, steps - 1), min=0, max=steps - 1, description="steps", continuous_update=False)
 
@@ -337,7 +338,8 @@ def film(
     text, seed = _prompt_and_seed(target)
     text.description = "target"
     other = w.Text(source, description="source", continuous_update=False, layout=w.Layout(width="720px"))
-    way = w.Dropdown(options=["top", "random", "all", "prompt"], description="way")
+    ways = ["top", "random", "all", *(["prompt"] if dit.family.conditioning else [])]
+    way = w.Dropdown(options=ways, description="way")
     k = w.IntSlider(8, 1, min(64, dit.width // 2), description="k", continuous_update=False)
     mask = w.Dropdown(options=["all", "source", "target", "union"], description="tokens")
     frames = w.IntSlider(4, 2, 8, description="frames", continuous_update=False)
@@ -444,7 +446,7 @@ def correspond(dit: DiT, pairs: Sequence[Pair], *, sigma: float = 0.26, ensemble
             given = (point, layer.value, kind.value, discarded.value)
             figure = go.FigureWidget(corresponding(dit, pair, *given, sigma=sigma, ensemble=ensemble))
         except Exception as error:  # shown beside the controls, where the person looks
-            status.value = f"<b>{error}</b>"
+            status.value = f"<b>{html.escape(str(error))}</b>"
             return
         status.value = ""
         figure.data[0].on_click(clicked)
@@ -506,7 +508,7 @@ def _board(show: Callable[[], object], text: ipywidgets.Text, *rows: list[ipywid
         try:
             shown = show()
         except Exception as error:  # shown beside the controls, where the person looks
-            status.value = f"<b>{error}</b>"
+            status.value = f"<b>{html.escape(str(error))}</b>"
             return
         status.value = ""
         with output:

@@ -8,9 +8,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 
 import malib
 from malib import (
+    AmountMatched,
     BottomK,
     Channels,
     ChannelStats,
@@ -368,6 +370,38 @@ def test_a_recorded_source_does_what_a_travelling_one_does(any_dit: DiT) -> None
     np.testing.assert_allclose(spread, each, **CLOSE)
 
 
+def test_a_matched_transport_reads_each_samples_amount_in_any_batch(any_dit: DiT) -> None:
+    top = any_dit.generate(PROMPTS, steps=STEPS, edits=[Transport(TopK(2), SOURCES)]).records.transport
+    lopsided = top.amount * xr.DataArray([1.0, 0.0], dims="sample")  # the second sample is to stay as it is
+    edit = Transport(AmountMatched(2, amounts=lopsided), SOURCES)
+    kept, any_dit.batch_size = any_dit.batch_size, 1
+    try:
+        parts = any_dit.generate(PROMPTS, steps=STEPS, edits=[edit]).records.transport
+    finally:
+        any_dit.batch_size = kept
+    whole = any_dit.generate(PROMPTS, steps=STEPS, edits=[edit]).records.transport
+    assert parts.mask.equals(whole.mask) and whole.mask[0].any() and not whole.mask[1].any()
+    assert (whole.amount[1] == 0).all()
+
+
+def test_an_edit_that_meets_no_site_is_refused(any_dit: DiT) -> None:
+    both = any("text" in b.stack.returns for b in any_dit.blocks)
+    if not both:
+        with pytest.raises(ValueError, match="no block of its layers has"):
+            any_dit.generate(PROMPTS, steps=1, edits=[Disrupt(TopK(1), stream="text")])
+    else:
+        changed = any_dit.generate(PROMPTS, steps=1, edits=[Disrupt(TopK(1), stream="text")]).records.disrupt
+        assert changed.mask.any()
+
+
+def test_a_source_recorded_at_other_noise_levels_is_refused(flux_dit: DiT) -> None:
+    rule = TopK(2)
+    once = flux_dit.generate(SOURCES, steps=2, record=[HiddenStates(channels=rule)])
+    images = np.zeros((2, flux_dit.size, flux_dit.size, 3), np.uint8)
+    with pytest.raises(ValueError, match="the same start"):
+        flux_dit.generate(PROMPTS, steps=2, start=Renoised(images, 0.5), edits=[Transport(rule, once)])
+
+
 def test_companions_are_seen_by_nobody_else_and_batches_do_not_matter(any_dit: DiT) -> None:
     """Two transports and a disruption in one call; readers and other writers see the targets alone."""
     edits = [
@@ -560,6 +594,7 @@ def test_a_source_recorded_with_other_weights_is_refused(flux_dit: DiT) -> None:
         (lambda d: Transport(TopK(1), once(d), whose="target"), "no others"),
         (lambda d: Transport(TopK(1), once(d), mask="source", mask_channels=TopK(2)), "no others"),
         (lambda d: Transport(TopK(1), once(d), seeds=3), "its own noise"),
+        (lambda d: d.generate(PROMPTS, steps=1, cfg=1.0, edits=[Disrupt(TopK(1), branches="uncond")]), "cond alone"),
         (lambda d: Transport(TopK(1), "a", strength=2.0), "strength is 2.0"),
         (lambda d: Transport(TopK(1), "a", mask="here"), "mask='here'"),
         (lambda d: Transport(TopK(1), "a", mask="source", stream="text"), "text tokens have none"),

@@ -3,8 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 
-from malib import Channels, Disrupt, EnergyMatched, Pictures, RandomK, TopK, Transport
+from malib import AmountMatched, Channels, Disrupt, EnergyMatched, Pictures, RandomK, TopK, Transport
 from malib.channels import random_frame
 from malib.edits import controls
 from malib.hooks import Event
@@ -133,6 +134,48 @@ def test_a_transport_of_equal_energy_changes_as_much_as_the_top_would() -> None:
     assert not (taken["top"] & taken["energy"]).any() and (taken["energy"].sum(1) < 12).all()
     largest = ((source - x).square()[:, tokens == 1].sum(1) / 6).amax(1).numpy()
     assert (amounts["energy"] >= amounts["top"]).all() and (amounts["energy"] <= amounts["top"] + largest).all()
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_a_matched_transport_changes_at_every_site_what_the_other_run_changed(strength: float) -> None:
+    """To the half of a channel, and for each sample its own, in whatever batches they come."""
+    x, source, tokens = states(8, 6, 40)[:4], states(8, 6, 40)[4:], np.array([1, 1, 0, 0, 1, 0])
+    wanted = xr.DataArray(
+        np.linspace(0.5, 4, 8, dtype=np.float32).reshape(4, 1, 1, 2),
+        dims=("sample", "step", "branch", "layer"),
+        coords={"step": [0], "branch": ["cond"], "layer": [0, 5]},
+    )
+    edit = Transport(AmountMatched(3, amounts=wanted), "a star", mask=tokens, strength=strength)
+    listener = edit.start(Run(4, 1, (None,) * 6, (2, 3)))
+    for part in (slice(0, 3), slice(3, 4)):
+        for layer in (0, 5):
+            listener(Event(0, "cond", layer, "image", "output"), x[part].clone(), {"source": source[part]})
+        listener.flush()
+    found = listener.dataset()
+    changed = strength**2 * (source - x).square()[:, tokens == 1].sum(1) / 6
+    assert (abs(found.amount - wanted).values.reshape(4, 2) <= changed.amax(1, keepdim=True).numpy() / 2 + 1e-5).all()
+    assert not found.mask.values[:, 0, 0].any(1)[np.arange(4)[:, None], TopK(3).ids(source, 0)].any()
+
+
+def test_a_matched_transport_needs_the_other_runs_amounts_at_its_sites() -> None:
+    with pytest.raises(TypeError, match="give it records"):
+        AmountMatched(3)
+    sites = {"step": [1], "branch": ["cond"], "layer": [0]}
+    there = xr.DataArray(np.ones((2, 1, 1, 1)), sites, ("sample", *sites))
+    with pytest.raises(ValueError, match="changed nothing at step 0, branch cond"):
+        changed(states(), Disrupt(AmountMatched(3, amounts=there)))
+    with pytest.raises(ValueError, match="changed nothing at layer 0"):
+        changed(states(), Disrupt(AmountMatched(3, amounts=there.assign_coords(step=[0], layer=[4]))))
+
+
+def test_what_is_no_source_is_refused() -> None:
+    for source in (np.zeros((1, 8, 8, 3), np.uint8), None, 3):
+        with pytest.raises(TypeError, match="give a prompt"):
+            Transport(TopK(1), source)
+    with pytest.raises(TypeError, match="open_picture"):
+        Pictures("photo.png")
+    with pytest.raises(ValueError, match="steps is empty"):
+        Disrupt(TopK(1), steps=())
 
 
 def moved(x: torch.Tensor, source: torch.Tensor, **fields) -> tuple[torch.Tensor, torch.Tensor]:

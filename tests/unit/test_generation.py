@@ -38,4 +38,10 @@ def test_what_is_no_picture_gets_one_sentence(tmp_path) -> None:
     for broken in (b"", b"no picture", buffer.getvalue()[:2000], tmp_path / "missing.png"):
         with pytest.raises(ValueError, match="give a whole PNG") as error:
             open_picture(broken, (8, 8))
-        assert "\n" not in str(error.value)
+        assert "\n" not in str(error.value) and "0x" not in str(error.value)
+
+
+def test_a_broken_exif_does_not_cost_the_picture() -> None:
+    buffer, pixels = io.BytesIO(), np.full((8, 8, 3), 200, np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff")
+    assert (open_picture(buffer.getvalue(), (8, 8)) == 200).all()
