@@ -311,13 +311,14 @@ def run(notebook: Notebook, parameters: dict[str, Any], folder: Path, force: boo
 
 def _stamp(notebook: Path, parameters: dict[str, Any]) -> str:
     """A hash of all that a notebook's figures depend on: its source, the library, the data, the parameters."""
-    from .dit import data_folder
+    from .dit import BUNDLED, data_folder
 
     digest = hashlib.sha256(json.dumps(parameters, sort_keys=True, default=str).encode())
     files = [notebook, *sorted(Path(__file__).parent.glob("*.py"))]
     files += sorted(p for p in data_folder().rglob("*") if p.is_file())
-    model = Path(str(parameters.get("model", "")))
+    model = Path(parameters.get("model", BUNDLED))
     files += sorted(p for p in model.rglob("*") if p.is_file()) if model.is_dir() else []
+    files += [Path(parameters["reference"])] if parameters.get("reference") else []
     for path in files:
         digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
@@ -396,6 +397,10 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
         if not equals:
             raise RunError(f"'{item}' is no parameter; write it as NAME=VALUE.")
         given[name] = yaml.safe_load(value)
+    if picture := given.get("reference"):
+        if not Path(picture).is_file():
+            raise RunError(f"There is no picture '{picture}'; give the path of a PNG or JPEG.")
+        given["reference"] = str(Path(picture).resolve())  # the notebook runs in a folder of its own
     if args.model:
         check_model(args.model)
         folder = Path(args.model)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers import FluxKontextPipeline
 
 import malib
 from malib import correspondence, figures, metrics, spatial, widgets
@@ -100,6 +101,19 @@ def test_the_other_notebooks(
         assert found == claims_of(notebook) if model == "mini-flux" else found <= claims_of(notebook)
     assert set(documents) == {f"{notebook[:2]}_{figure}" for figure in registered.figures}
     assert all(d["n"] > 0 and len(d["weights"]) == 64 for d in documents.values())
+
+
+def test_subjects_are_held_against_an_editing_pipeline_where_one_is_named(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("MALIB_CACHE", str(tmp_path / "cache"))
+    tiny = architectures.build("flux")
+    tiny.save_pretrained(tmp_path / "flux")
+    FluxKontextPipeline(**tiny.components).save_pretrained(tmp_path / "kontext")
+    given = ["pairs=2", "steps=2", "k=2", f'baselines={{"edit_model": "{tmp_path / "kontext"}"}}']
+    words = [word for pair in given for word in ("-p", pair)]
+    status = figures.main(["--only", "06", "--model", str(tmp_path / "flux"), "--out", str(tmp_path / "out"), *words])
+    assert status == 0, capsys.readouterr().out
+    sites = json.loads((tmp_path / "out" / "06_methods.json").read_text())["numbers"]["coords"]["site"]["data"]
+    assert "edit model" in sites and "IP-Adapter" not in sites
 
 
 def test_the_disturber_shows_both_pictures_and_says_what_cannot_be(flux_dit: malib.DiT) -> None:

@@ -78,12 +78,31 @@ def test_unchanged_notebooks_are_skipped_until_forced_or_changed(two: Path, caps
     assert statuses(capsys.readouterr().out)["92_two"] == "drawn" and (two / "out" / "92_two.pdf").exists()
 
 
+def test_a_reference_is_found_from_where_the_person_stands_and_redrawn_when_it_changes(
+    two: Path, monkeypatch, capsys
+) -> None:
+    write(two, "93_seen", DRAW.format(names=["93_it"]).replace("size", "reference"))
+    seen = nbformat.read(two / "93_seen.ipynb", 4)
+    seen.cells[0].source += "\nreference = ''"
+    nbformat.write(seen, two / "93_seen.ipynb")
+    monkeypatch.setattr(figures, "NOTEBOOKS", (Notebook("93_seen", ("it",), {"preview": {}}, judges=False),))
+    monkeypatch.chdir(two)
+    said = []
+    for content in (b"one", b"one", b"another"):
+        Path("mine.png").write_bytes(content)
+        assert figures.main(["--out", "out", "-p", "reference=mine.png"]) == 0
+        said.append(statuses(capsys.readouterr().out)["93_it"])
+    assert said == ["drawn", "unchanged", "drawn"]
+    assert json.loads(Path("out/93_it.json").read_text()) == {"n": str(two / "mine.png")}
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
         (["--only", "99_none"], "neither a notebook nor a figure"),
         (["--only", "one", "-p", "sise=4"], "'sise' is not a parameter of 92_good"),
         (["--only", "one", "-p", "size"], "NAME=VALUE"),
+        (["--only", "one", "-p", "reference=nowhere.png"], "no picture 'nowhere.png'"),
         (["--model", "nowhere"], "is no model"),
         (["--model", "/tmp"], "is no model"),
     ],
