@@ -95,7 +95,7 @@ def ap10k(root: str | Path, split: str = "test", category: str | None = None) ->
     """The pairs of AP-10K in the layout of the correspondence benchmark made from it.
 
     ``PairAnnotation/<split>/*:<category>.json`` names two files of ``ImageAnnotation``, which lie like their pictures in
-    ``JPEGImages``. Points count that are visible in both.
+    ``JPEGImages``. Points count that are visible in both; pairs without any are left out.
 
     Args:
         root: the dataset's folder, given by the user.
@@ -113,6 +113,8 @@ def ap10k(root: str | Path, split: str = "test", category: str | None = None) ->
         ends = [json.loads(p.read_text()) for p in places]
         points = [np.asarray(end["keypoints"], float).reshape(-1, 3) for end in ends]
         seen = (points[0][:, 2] > 0) & (points[1][:, 2] > 0)
+        if not seen.any():
+            continue
         pictures = [Path(str(p).replace("ImageAnnotation", "JPEGImages")).with_suffix(".jpg") for p in places]
         yield Pair(
             *(_picture(p) for p in pictures),
@@ -152,7 +154,7 @@ def read(
     images: np.ndarray,
     prompts: str | Sequence[str] = "a picture",
     *,
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     sigma: float = 0.26,
     ensemble: int = 8,
 ) -> xr.Dataset:
@@ -172,8 +174,13 @@ def read(
         (picture, layer, channel), the modulation of its first LayerNorm, where it is known; the attribute ``grid``. The
         means, not the single readings, are kept in the model's store.
     """
+    if ensemble < 1:
+        raise ValueError(f"ensemble is {ensemble}; it must be at least 1.")
     asked = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
-    layers = sorted(set(range(len(dit.blocks)) if layers is None else layers))
+    layers = [layers] if isinstance(layers, int) else range(len(dit.blocks)) if layers is None else layers
+    layers = sorted(set(layers))
+    if not layers:
+        raise ValueError("No layers were given; name at least one, or None for all.")
     wanted = {"images": images, "prompts": asked, "layers": layers, "sigma": sigma, "ensemble": ensemble}
     wanted["guidance"] = dit.preset.get("guidance")
     key = key_of({"read": 1, **wanted, **dit.context})
@@ -220,7 +227,7 @@ def features(states: xr.Dataset, layer: int, kind: str = "adaln", discard: Rule 
         layer: the block.
         kind: "raw", the tokens as they enter the block; "norm", after a LayerNorm; "adaln", after the block's own (the
             paper's feature).
-        discard: which channels are set to zero before that; None for none. It sees the averaged tokens.
+        discard: which channels are set to zero before that, the same ones in all pictures (``selected``); None for none.
 
     Returns:
         float32 (picture, rows, columns, channels).
@@ -232,12 +239,12 @@ def features(states: xr.Dataset, layer: int, kind: str = "adaln", discard: Rule 
 
     if kind not in KINDS:
         raise ValueError(f"Kind '{kind}' is unknown; use {', '.join(KINDS)}.")
-
+    _check_layer(states, layer)
     tokens, *modulation = (
         torch.from_numpy(states[name].sel(layer=layer).values) for name in ("tokens", "shift", "scale") if name in states
     )
     if discard is not None:
-        tokens = tokens.masked_fill(discard.mask(tokens, layer)[:, None], 0)
+        tokens = tokens.masked_fill(torch.from_numpy(selected(states, layer, discard)), 0)
     if kind != "raw":
         tokens = torch.nn.functional.layer_norm(tokens, tokens.shape[-1:], eps=EPSILON)
     if kind == "adaln":
@@ -246,6 +253,32 @@ def features(states: xr.Dataset, layer: int, kind: str = "adaln", discard: Rule 
         shift, scale = (m[:, None] for m in modulation)
         tokens = tokens * (1 + scale) + shift
     return tokens.unflatten(1, tuple(states.attrs["grid"])).numpy()
+
+
+def selected(states: xr.Dataset, layer: int, rule: Rule) -> np.ndarray:
+    """The channels that a rule selects once for all pictures, as DiTF's are fixed: both ends of a pair lose the same ones.
+
+    Scores and energies are means over the pictures.
+
+    Args:
+        states: of ``read``.
+        layer: the block.
+        rule: which channels.
+
+    Returns:
+        bool (channels,).
+    """
+    import torch
+
+    _check_layer(states, layer)
+    tokens = torch.from_numpy(states.tokens.sel(layer=layer).values)
+    upright = tokens * tokens.mean(1, keepdim=True).sign()  # so that the score of all tokens is the mean of the scores
+    return rule.mask(upright.flatten(0, 1)[None], layer)[0].numpy()
+
+
+def _check_layer(states: xr.Dataset, layer: int) -> None:
+    if layer not in states.layer:
+        raise ValueError(f"Layer {layer} was not read; these states have {', '.join(map(str, states.layer.values))}.")
 
 
 def pixel_features(images: np.ndarray, grid: tuple[int, int]) -> np.ndarray:

@@ -112,7 +112,7 @@ NOTEBOOKS = (
     ),
     Notebook(
         "07_detail_guidance",
-        ("weights", "layers", "guidances", "pictures"),
+        ("weights", "without_cfg", "layers", "guidances", "pictures"),
         {
             "preview": {"prompts": 5, "steps": 6, "ws": [0.5, 1.0, 2.0], "draws": 1},
             "full": {**_BF16, "prompts": 32, "steps": 20, "ws": [0.25, 0.5, 1.0, 2.0, 4.0], "draws": 3},
@@ -242,8 +242,9 @@ def parameters_for(notebook: Notebook, tier: str, given: dict[str, Any]) -> dict
 
     preset = {name: value for name, value in preset_of(given.get("model", "")).items() if name in known}
     wanted = {**notebook.tiers[tier], **preset, **given}
-    if "ks" in known and "ks" not in given and "k" in wanted:
-        wanted["ks"] = sorted({*wanted["ks"], wanted["k"]})  # the verdicts are read at k
+    for one, many in (("k", "ks"), ("w", "ws")):  # the verdicts are read at the one
+        if many in known and many not in given and one in wanted:
+            wanted[many] = sorted({*wanted[many], wanted[one]})
     for name in wanted:
         if name not in known:
             raise RunError(f"'{name}' is not a parameter of {notebook.name}; it has {', '.join(known)}.")

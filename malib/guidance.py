@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
 from . import edits
 from .channels import Rule, TopK
 from .edits import Disrupt, _DisruptListener
@@ -38,13 +40,19 @@ class _Guide(Window):
     point: str = field(default="velocity", init=False)
     layers: None = field(default=None, init=False)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.layer, (int, np.integer)):
+            raise TypeError(f"layer is {self.layer!r}; give the number of one block.")
+
 
 @dataclass(frozen=True)
 class DetailGuidance(_Guide):
     """Guide away from the model whose massive channels are disrupted at one layer; ``DiT.generate(..., guide=...)``.
 
-    Recorded are the selection, ``mask`` (sample, step, branch, layer, channel), and the ``amount`` taken from the degraded
-    model, as by ``Disrupt``. The controls are other rules and modes.
+    Recorded are the selection, ``mask`` (sample, step, branch, layer, channel), the ``amount`` taken from the degraded
+    model, as by ``Disrupt``, and the ``push`` (sample, step, branch, layer): the mean square of ``w (D(c) - D_m(c))``. The
+    controls are other rules and modes.
 
     Attributes:
         w: weight of the term; 0 is plain generation, bit for bit.
@@ -54,7 +62,7 @@ class DetailGuidance(_Guide):
         seed: of mode "rotate".
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     rule: Rule = field(default_factory=lambda: TopK(8))
     mode: str = "zero"
@@ -73,14 +81,14 @@ class DetailGuidance(_Guide):
 
 @dataclass(frozen=True)
 class SkipLayerGuidance(_Guide):
-    """Guide away from the model that lacks one block; ``DiT.generate(..., guide=...)``.
+    """Guide away from the model that lacks one block; ``DiT.generate(..., guide=...)``. Recorded is the ``push``.
 
     Attributes:
         w: weight of the term; 0 is plain generation, bit for bit.
         layer: the block that is skipped, in both streams.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def start(self, run: Run) -> _SkipListener:
         """A listener that applies the guidance."""
@@ -130,8 +138,9 @@ class _GuidanceListener(_Listener):
             self.degrade(event, degraded)
             return
         if self.record.covers(event):
-            weight = self.record.w / max(self.run.cfg, 1.0)  # the pipeline will multiply D(c) by s
-            x.copy_(x.float() + weight * (x.float() - degraded.float()))
+            term = self.record.w * (x.float() - degraded.float())
+            self.keep("push", (event.step, event.branch, self.record.layer), term.square().flatten(1).mean(1))
+            x.copy_(x.float() + term / max(self.run.cfg, 1.0))  # the pipeline will multiply D(c) by s
         degraded.copy_(x)
 
     def degrade(self, event: Event, x: Tensor) -> None:
@@ -141,7 +150,8 @@ class _GuidanceListener(_Listener):
     def dataset(self) -> xr.Dataset:
         import xarray as xr
 
-        return xr.Dataset()
+        push = self._assemble("push", ())
+        return xr.Dataset() if push is None else xr.Dataset({"push": push})
 
 
 class _DetailListener(_GuidanceListener):
@@ -158,13 +168,15 @@ class _DetailListener(_GuidanceListener):
         self._disrupt(event, x)
 
     def flush(self) -> None:
+        super().flush()
         self._disrupt.flush()
 
     def discard(self) -> None:
+        super().discard()
         self._disrupt.discard()
 
     def dataset(self) -> xr.Dataset:
-        return self._disrupt.dataset()
+        return super().dataset().merge(self._disrupt.dataset())
 
 
 class _SkipListener(_GuidanceListener):

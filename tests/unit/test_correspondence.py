@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from PIL import Image
 
-from malib import Disrupt, DiT, Renoised, TopK, scenes
+from malib import Disrupt, DiT, EnergyMatched, Renoised, TopK, scenes
 from malib import correspondence as corr
 from malib.cache import Store
 from malib.channels import Channels
@@ -80,11 +81,11 @@ def test_key_points_lie_on_the_outline_that_is_drawn() -> None:
     assert scenes.correspondences(3) == scenes.correspondences(5)[:3]
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3", "sana", "pixart"])
-def test_features_are_what_the_blocks_norm_gives(name: str) -> None:
+@pytest.mark.parametrize(("name", "layer"), [("flux", 1), ("flux", 2), ("sd3", 1), ("sana", 1), ("pixart", 1)])
+def test_features_are_what_the_blocks_norm_gives(name: str, layer: int) -> None:
     """AdaLN on the recorded tokens equals the modulated LayerNorm inside the block; with channels discarded, that of the
-    block whose input was disrupted."""
-    dit, layer, rule = DiT(architectures.build(name), name=name), 1, Channels((2, 7))
+    block whose input was disrupted. Layer 2 of FLUX is a single block, as the paper's is: both streams in one tensor."""
+    dit, rule = DiT(architectures.build(name), name=name), Channels((2, 7))
     images = np.random.default_rng(0).integers(0, 255, (1, dit.size, dit.size, 3), dtype=np.uint8)
     states = corr.read(dit, images, "a red star", layers=(layer,), sigma=0.3, ensemble=1)
     block, seen = dit.blocks[layer].module, []
@@ -94,11 +95,12 @@ def test_features_are_what_the_blocks_norm_gives(name: str) -> None:
 
     def inside(edits: list) -> np.ndarray:
         seen.clear()
-        handle = block.norm1.register_forward_hook(normed)
+        handle = (block.norm if hasattr(block, "norm") else block.norm1).register_forward_hook(normed)
         call = {"steps": 1, "cfg": 1.0, "start": Renoised(images, 0.3), "edits": edits}
         dit.generate("a red star", 0, **call)
         handle.remove()
-        x = seen[0]
+        rows, columns = dit.grid()
+        x = seen[0][:, -rows * columns :]  # a single block norms text and image in one tensor, the text first
         if name in ("sana", "pixart"):  # there the block itself applies the modulation, after its norm
             shift, scale = (torch.from_numpy(states[k].sel(layer=layer).values)[:, None] for k in ("shift", "scale"))
             x = x * (1 + scale) + shift
@@ -109,6 +111,31 @@ def test_features_are_what_the_blocks_norm_gives(name: str) -> None:
     np.testing.assert_allclose(corr.features(states, layer, discard=rule), inside([cut]), rtol=1e-4, atol=1e-4)
     raw = corr.features(states, layer, "raw")
     np.testing.assert_array_equal(raw.reshape(-1), states.tokens.sel(layer=layer).values.reshape(-1))
+
+
+def test_both_ends_lose_the_same_channels() -> None:
+    """Channel 3 is large with either sign, so that its mean over all tokens is 0 and its score is not; 5 is large in one."""
+    tokens = np.random.default_rng(0).normal(size=(4, 2, 16, 8)).astype(np.float32)
+    tokens[..., 3] += np.array([40, -40, 40, -40])[:, None, None]
+    tokens[0, ..., 5] += 60
+    axes = {"tokens": (("picture", "layer", "token", "channel"), tokens)}
+    states = xr.Dataset(axes, coords={"layer": [4, 6]}, attrs={"grid": (4, 4)})
+    assert corr.selected(states, 6, TopK(1)).nonzero()[0].tolist() == [3]
+    assert corr.selected(states, 6, TopK(2)).nonzero()[0].tolist() == [3, 5]
+    seen = corr.features(states, 6, "raw", TopK(2))
+    assert (seen[..., [3, 5]] == 0).all() and (seen[..., [0, 1, 2, 4, 6, 7]] != 0).all()
+    energy, found = np.square(tokens[:, 0]).sum((0, 1)), corr.selected(states, 4, EnergyMatched(1))
+    assert not found[3] and (found.sum() == 7 or energy[found].sum() >= energy[3])
+    with pytest.raises(ValueError, match="Layer 5 was not read; these states have 4, 6"):
+        corr.features(states, 5)
+
+
+def test_what_cannot_be_read_is_refused(flux_dit: DiT) -> None:
+    images = np.zeros((1, flux_dit.size, flux_dit.size, 3), np.uint8)
+    for bad, words in (({"ensemble": 0}, "ensemble is 0"), ({"layers": []}, "No layers")):
+        with pytest.raises(ValueError, match=words):
+            corr.read(flux_dit, images, **bad)
+    assert corr.read(flux_dit, images, layers=2, ensemble=1).layer.values.tolist() == [2]
 
 
 def test_an_ensemble_is_the_mean_over_its_noises(flux_dit: DiT) -> None:
