@@ -414,7 +414,7 @@ _MEASURES = {
     "others kept": "other attributes kept",
     "clean": "exactly one subject",
     "PCK@0.1": "PCK@0.1, per image",
-    "PCK@0.05": "PCK@0.05, per image",
+    "PCK@0.2": "PCK@0.2, per image",
 }
 
 
