@@ -7,7 +7,7 @@ the variant ``mean over tokens of |.|`` is kept as a second kind. A selection is
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import combinations
 from typing import TYPE_CHECKING, ClassVar
@@ -46,10 +46,12 @@ def score(x: Tensor, kind: str = "mean") -> Tensor:
 class Rule:
     """A selection of channels, resolved per sample at the site where it is applied.
 
-    ``weighs`` says whether it looks at what the edit would change.
+    ``weighs`` says whether it looks at what the edit would change; ``samples`` for how many samples it was made, None where
+    that does not matter.
     """
 
     weighs: ClassVar[bool] = False
+    samples: ClassVar[int | None] = None
 
     def mask(self, x: Tensor, layer: int, change: Tensor | None = None) -> Tensor:
         """Boolean (samples, channels).
@@ -182,6 +184,8 @@ class AmountMatched(EnergyMatched):
 
     amounts: xr.DataArray | None = None
 
+    __eq__, __hash__ = object.__eq__, object.__hash__  # not the parent's, which know nothing of the amounts
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if getattr(self.amounts, "dims", None) != AXES:
@@ -190,6 +194,13 @@ class AmountMatched(EnergyMatched):
                 "records.disrupt.amount of the run to match."
             )
 
+    @property
+    def samples(self) -> int:  # noqa: D102
+        return self.amounts.sizes["sample"]
+
+    def mask(self, x: Tensor, layer: int, change: Tensor | None = None) -> Tensor:  # noqa: D102
+        raise TypeError("AmountMatched needs the step and branch, which edits alone know; use EnergyMatched here.")
+
     def at(self, step: int, branch: str, rows: slice) -> Rule:  # noqa: D102
         try:
             there = self.amounts[rows].sel(step=step, branch=branch)
@@ -197,19 +208,22 @@ class AmountMatched(EnergyMatched):
             raise ValueError(
                 f"The run to match changed nothing at step {step}, branch {branch}; give this edit the same window."
             ) from None
-        return _UpTo(self.k, self.kind, self.seed, there)
+        values = there.transpose("layer", "sample").values.astype(np.float32)
+        return _UpTo(self.k, self.kind, self.seed, dict(zip(there.layer.values.tolist(), values, strict=True)))
 
 
 @dataclass(frozen=True, eq=False)
 class _UpTo(EnergyMatched):
-    """``AmountMatched`` at one step and branch: ``amounts`` (sample, layer), mean over the tokens."""
+    """``AmountMatched`` at one step and branch: ``amounts`` (samples,) of each layer, means over the tokens."""
 
-    amounts: xr.DataArray | None = None
+    amounts: Mapping[int, np.ndarray] = field(default_factory=dict)
 
     def mask(self, x: Tensor, layer: int, change: Tensor | None = None) -> Tensor:
-        if layer not in self.amounts.layer:
+        import torch
+
+        if layer not in self.amounts:
             raise ValueError(f"The run to match changed nothing at layer {layer}; give this edit the same window.")
-        wanted = x.new_tensor(self.amounts.sel(layer=layer).values, dtype=float).float()
+        wanted = torch.from_numpy(self.amounts[layer]).to(x.device, non_blocking=True)
         top = score(x, self.kind).topk(_fits(self.k, x), dim=1).indices
         _, order, shuffled = self._shuffled(x, layer, change, top)
         return _scattered(shuffled.cumsum(1) - shuffled / 2 < wanted[:, None] * x.shape[1], order, top)

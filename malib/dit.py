@@ -294,6 +294,11 @@ class DiT:
         device = self.device.split(":")[0]
         return {"weights": self.fingerprint, "device": device, "dtype": self.dtype, "versions": versions()}
 
+    @property
+    def offloaded(self) -> bool:
+        """Whether only what is at work is kept on the GPU."""
+        return self._pinned
+
     def offload(self, kind: str) -> None:
         """Keep only what is at work on the GPU; from then on weights changed in place go unseen by the fingerprint.
 

@@ -91,6 +91,7 @@ class _EditListener(_Listener):
     def __init__(self, record: Window, run: Run) -> None:
         super().__init__(record, run)
         self._done, self._size = 0, 0
+        _check_number("amounts", record.channels.samples or 1, run)
 
     def rows(self, held: int, count: int) -> slice:
         """The rows of this batch of what was given once for all, or once a sample."""
@@ -99,7 +100,8 @@ class _EditListener(_Listener):
 
     def rule(self, event: Event, count: int) -> Rule:
         """The record's rule for the samples of this batch."""
-        return self.record.channels.at(event.step, event.branch, self.rows(self.run.samples, count))
+        rule = self.record.channels
+        return rule.at(event.step, event.branch, self.rows(rule.samples or 1, count))
 
     def flush(self) -> None:
         super().flush()

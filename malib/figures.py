@@ -317,12 +317,27 @@ def _stamp(notebook: Path, parameters: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(parameters, sort_keys=True, default=str).encode())
     files = [notebook, *sorted(Path(__file__).parent.glob("*.py"))]
     files += sorted(p for p in data_folder().rglob("*") if p.is_file())
-    model = Path(parameters.get("model", BUNDLED))
-    files += sorted(p for p in model.rglob("*") if p.is_file()) if model.is_dir() else []
     files += [Path(parameters["reference"])] if parameters.get("reference") else []
     for path in files:
         digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    for folder in (Path(parameters.get("model", BUNDLED)), *_folders(parameters.get("baselines"))):
+        for path in sorted(folder.rglob("*")) if folder.is_dir() else ():  # weights of gigabytes: not read, only looked at
+            digest.update(repr((path.name, path.stat().st_size, path.stat().st_mtime_ns)).encode())
     return digest.hexdigest()
+
+
+def _resolved(value: Any) -> Any:
+    """The same with every path that exists made absolute: a notebook runs in a folder of its own."""
+    if isinstance(value, dict):
+        return {name: _resolved(part) for name, part in value.items()}
+    return str(Path(value).resolve()) if isinstance(value, str) and value and Path(value).exists() else value
+
+
+def _folders(value: Any) -> list[Path]:
+    """The folders that a parameter names."""
+    if isinstance(value, dict):
+        return [folder for part in value.values() for folder in _folders(part)]
+    return [Path(value)] if isinstance(value, str) and Path(value).is_absolute() else []
 
 
 def summary(rows: list[dict[str, Any]], folder: Path) -> str:
@@ -398,10 +413,11 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
         if not equals:
             raise RunError(f"'{item}' is no parameter; write it as NAME=VALUE.")
         given[name] = yaml.safe_load(value)
-    if picture := given.get("reference"):
-        if not Path(picture).is_file():
-            raise RunError(f"There is no picture '{picture}'; give the path of a PNG or JPEG.")
-        given["reference"] = str(Path(picture).resolve())  # the notebook runs in a folder of its own
+    if (picture := given.get("reference")) and not Path(picture).is_file():
+        raise RunError(f"There is no picture '{picture}'; give the path of a PNG or JPEG.")
+    for name in ("reference", "baselines"):
+        if name in given:
+            given[name] = _resolved(given[name])
     if args.model:
         check_model(args.model)
         folder = Path(args.model)

@@ -44,6 +44,7 @@ class _Guide(Window):
         super().__post_init__()
         if not isinstance(self.layer, (int, np.integer)):
             raise TypeError(f"layer is {self.layer!r}; give the number of one block.")
+        object.__setattr__(self, "layer", int(self.layer))
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def ip_adapter(
         uint8 (n, H, W, 3).
 
     Raises:
-        ValueError: diffusers has no IP-Adapter for this pipeline, or unequal numbers were given.
+        ValueError: diffusers has no IP-Adapter for this pipeline, it is offloaded, or unequal numbers were given.
     """
     import torch
     from PIL import Image
@@ -51,13 +51,15 @@ def ip_adapter(
     pipeline = dit.pipeline
     if not hasattr(pipeline, "load_ip_adapter"):
         raise ValueError(f"diffusers has no IP-Adapter for {dit.name}; take a FLUX.1 or SD3 model.")
+    if dit.offloaded:
+        raise ValueError("An IP-Adapter cannot be put on an offloaded model; open it without offload.")
     _check(images, prompts, seeds)
     given = dict(adapter)
     if "image_encoder_dtype" in inspect.signature(pipeline.load_ip_adapter).parameters:
         given.setdefault("image_encoder_dtype", getattr(torch, dit.dtype))
     found, size = [], tuple(images.shape[1:3])
-    pipeline.load_ip_adapter(**given)
     try:
+        pipeline.load_ip_adapter(**given)
         pipeline.set_ip_adapter_scale(scale)
         for image, prompt, seed in zip(images, prompts, seeds, strict=True):
             arguments = dit.arguments([prompt], [seed], size=size, **call)

@@ -229,3 +229,4 @@ def test_a_guide_needs_one_block() -> None:
     for kind in (DetailGuidance, SkipLayerGuidance):
         with pytest.raises(TypeError, match="number of one block"):
             kind(1.0, None)
+        assert kind(1.0, np.int64(1)) == kind(1.0, 1)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxKontextPipeline, QwenImageEditPipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from malib import DiT, rivals
@@ -62,6 +62,18 @@ def test_an_adapter_that_fails_is_taken_off_too(flux_dit: DiT, adapter: dict[str
     with pytest.raises(ValueError, match="must be non-negative"):
         rivals.ip_adapter(flux_dit, adapter, references(flux_dit), PROMPTS, SEEDS, steps=-1)
     assert flux_dit.fingerprint == before
+
+
+def test_an_adapter_that_does_not_fit_leaves_nothing_behind(flux_dit: DiT, adapter: dict[str, str], tmp_path: Path) -> None:
+    before, images, place = flux_dit.fingerprint, references(flux_dit), tmp_path / "ip.safetensors"
+    good = rivals.ip_adapter(flux_dit, adapter, images, PROMPTS, SEEDS, steps=2)
+    weights = load_file(place)
+    save_file({n: x for n, x in weights.items() if "to_v_ip" not in n}, place)
+    with pytest.raises(KeyError):
+        rivals.ip_adapter(flux_dit, adapter, images, PROMPTS, SEEDS, steps=2)
+    assert flux_dit.fingerprint == before and flux_dit.pipeline.image_encoder is None
+    save_file(weights, place)
+    assert (rivals.ip_adapter(flux_dit, adapter, images, PROMPTS, SEEDS, steps=2) == good).all()
 
 
 def test_what_has_no_adapter_says_so(flux_dit: DiT) -> None:

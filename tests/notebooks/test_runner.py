@@ -96,6 +96,25 @@ def test_a_reference_is_found_from_where_the_person_stands_and_redrawn_when_it_c
     assert json.loads(Path("out/93_it.json").read_text()) == {"n": str(two / "mine.png")}
 
 
+def test_folders_of_baselines_are_found_and_watched_too(two: Path, monkeypatch, capsys) -> None:
+    write(two, "93_seen", DRAW.format(names=["93_it"]).replace("size", "baselines"))
+    seen = nbformat.read(two / "93_seen.ipynb", 4)
+    seen.cells[0].source += "\nbaselines = {}"
+    nbformat.write(seen, two / "93_seen.ipynb")
+    monkeypatch.setattr(figures, "NOTEBOOKS", (Notebook("93_seen", ("it",), {"preview": {}}, judges=False),))
+    monkeypatch.chdir(two)
+    said = []
+    (two / "editor").mkdir()
+    for content in ("one", None, "longer"):
+        if content:
+            (two / "editor" / "weights").write_text(content)
+        assert figures.main(["--out", "out", "-p", 'baselines={"edit_model": "editor", "other": "owner/name"}']) == 0
+        said.append(statuses(capsys.readouterr().out)["93_it"])
+    assert said == ["drawn", "unchanged", "drawn"]
+    expected = {"edit_model": str(two / "editor"), "other": "owner/name"}
+    assert json.loads(Path("out/93_it.json").read_text()) == {"n": expected}
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [

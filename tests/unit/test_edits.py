@@ -168,6 +168,19 @@ def test_a_matched_transport_needs_the_other_runs_amounts_at_its_sites() -> None
         changed(states(), Disrupt(AmountMatched(3, amounts=there.assign_coords(step=[0], layer=[4]))))
 
 
+def test_a_matched_rule_is_for_the_samples_of_its_run_and_for_edits_alone() -> None:
+    sites = {"step": [0], "branch": ["cond"], "layer": [0]}
+    one, two, three = (xr.DataArray(np.ones((n, 1, 1, 1)), sites, ("sample", *sites)) for n in (1, 2, 3))
+    with pytest.raises(ValueError, match="3 amounts were given for 2 prompts"):
+        changed(states(), Disrupt(AmountMatched(3, amounts=three)))
+    assert torch.equal(
+        changed(states(), Disrupt(AmountMatched(3, amounts=one))), changed(states(), Disrupt(AmountMatched(3, amounts=two)))
+    )
+    with pytest.raises(TypeError, match="use EnergyMatched"):
+        AmountMatched(3, amounts=two).mask(states(), 0)
+    assert AmountMatched(3, amounts=two) != AmountMatched(3, amounts=two.copy())
+
+
 def test_what_is_no_source_is_refused() -> None:
     for source in (np.zeros((1, 8, 8, 3), np.uint8), None, 3):
         with pytest.raises(TypeError, match="give a prompt"):
