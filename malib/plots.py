@@ -518,8 +518,9 @@ def pictures(data: xr.Dataset) -> Figure:
             axis = axes[row, column]
             axis.imshow(data.image.isel(sample=row, condition=column).values.astype(np.uint8), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
             if row == 0:
-                axis.set_title(str(data.condition.values[column]), fontsize=8.5)
+                axis.set_title(textwrap.fill(str(data.condition.values[column]), 16), fontsize=8.5)
             if column == 0 and "row" in data.coords:
                 axis.set_ylabel(str(data.row.values[row]), fontsize=8)
     return _finish(
