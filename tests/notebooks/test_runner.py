@@ -97,7 +97,7 @@ def test_a_reference_is_found_from_where_the_person_stands_and_redrawn_when_it_c
 
 
 def test_folders_of_baselines_are_found_and_watched_too(two: Path, monkeypatch, capsys) -> None:
-    write(two, "93_seen", DRAW.format(names=["93_it"]).replace("size", "baselines"))
+    write(two, "93_seen", DRAW.format(names=["93_it"]).replace("size", '1, "baselines": baselines'))
     seen = nbformat.read(two / "93_seen.ipynb", 4)
     seen.cells[0].source += "\nbaselines = {}"
     nbformat.write(seen, two / "93_seen.ipynb")
@@ -112,7 +112,7 @@ def test_folders_of_baselines_are_found_and_watched_too(two: Path, monkeypatch, 
         said.append(statuses(capsys.readouterr().out)["93_it"])
     assert said == ["drawn", "unchanged", "drawn"]
     expected = {"edit_model": str(two / "editor"), "other": "owner/name"}
-    assert json.loads(Path("out/93_it.json").read_text()) == {"n": expected}
+    assert json.loads(Path("out/93_it.json").read_text())["baselines"] == expected
 
 
 @pytest.mark.parametrize(
