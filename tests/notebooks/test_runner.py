@@ -78,41 +78,43 @@ def test_unchanged_notebooks_are_skipped_until_forced_or_changed(two: Path, caps
     assert statuses(capsys.readouterr().out)["92_two"] == "drawn" and (two / "out" / "92_two.pdf").exists()
 
 
-def test_a_reference_is_found_from_where_the_person_stands_and_redrawn_when_it_changes(
-    two: Path, monkeypatch, capsys
+@pytest.fixture
+def seeing(two: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A notebook that writes down which reference and baselines it was given; the person stands in its folder."""
+    write(two, "93_seen", DRAW.format(names=["93_it"]).replace("size", '1, "seen": [reference, baselines]'))
+    notebook = nbformat.read(two / "93_seen.ipynb", 4)
+    notebook.cells[0].source += "\nreference = ''\nbaselines = {}"
+    nbformat.write(notebook, two / "93_seen.ipynb")
+    monkeypatch.setattr(figures, "NOTEBOOKS", (Notebook("93_seen", ("it",), {"preview": {}}, judges=False),))
+    monkeypatch.chdir(two)
+    return two
+
+
+@pytest.mark.parametrize(
+    ("given", "file", "again", "expected"),
+    [
+        ("reference=mine.png", "mine.png", "one", ["{here}/mine.png", {}]),  # read, so that the same bytes are the same
+        (
+            'baselines={"edit_model": "editor", "other": "owner/name"}',
+            "editor/weights",
+            None,
+            ["", {"edit_model": "{here}/editor", "other": "owner/name"}],
+        ),
+    ],
+)
+def test_files_are_found_from_where_the_person_stands_and_watched(
+    seeing: Path, capsys, given: str, file: str, again: str | None, expected: list
 ) -> None:
-    write(two, "93_seen", DRAW.format(names=["93_it"]).replace("size", "reference"))
-    seen = nbformat.read(two / "93_seen.ipynb", 4)
-    seen.cells[0].source += "\nreference = ''"
-    nbformat.write(seen, two / "93_seen.ipynb")
-    monkeypatch.setattr(figures, "NOTEBOOKS", (Notebook("93_seen", ("it",), {"preview": {}}, judges=False),))
-    monkeypatch.chdir(two)
     said = []
-    for content in (b"one", b"one", b"another"):
-        Path("mine.png").write_bytes(content)
-        assert figures.main(["--out", "out", "-p", "reference=mine.png"]) == 0
-        said.append(statuses(capsys.readouterr().out)["93_it"])
-    assert said == ["drawn", "unchanged", "drawn"]
-    assert json.loads(Path("out/93_it.json").read_text()) == {"n": str(two / "mine.png")}
-
-
-def test_folders_of_baselines_are_found_and_watched_too(two: Path, monkeypatch, capsys) -> None:
-    write(two, "93_seen", DRAW.format(names=["93_it"]).replace("size", '1, "baselines": baselines'))
-    seen = nbformat.read(two / "93_seen.ipynb", 4)
-    seen.cells[0].source += "\nbaselines = {}"
-    nbformat.write(seen, two / "93_seen.ipynb")
-    monkeypatch.setattr(figures, "NOTEBOOKS", (Notebook("93_seen", ("it",), {"preview": {}}, judges=False),))
-    monkeypatch.chdir(two)
-    said = []
-    (two / "editor").mkdir()
-    for content in ("one", None, "longer"):
+    (seeing / file).parent.mkdir(exist_ok=True)
+    for content in ("one", again, "longer"):
         if content:
-            (two / "editor" / "weights").write_text(content)
-        assert figures.main(["--out", "out", "-p", 'baselines={"edit_model": "editor", "other": "owner/name"}']) == 0
+            (seeing / file).write_text(content)
+        assert figures.main(["--out", "out", "-p", given]) == 0
         said.append(statuses(capsys.readouterr().out)["93_it"])
     assert said == ["drawn", "unchanged", "drawn"]
-    expected = {"edit_model": str(two / "editor"), "other": "owner/name"}
-    assert json.loads(Path("out/93_it.json").read_text())["baselines"] == expected
+    found = json.dumps(json.loads(Path("out/93_it.json").read_text())["seen"])
+    assert found == json.dumps(expected).replace("{here}", str(seeing))
 
 
 @pytest.mark.parametrize(
