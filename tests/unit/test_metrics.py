@@ -339,6 +339,16 @@ def test_transport_scores_at_both_ends_of_the_way() -> None:
     assert (pixels.sel(measure="likeness") == 1).all() and (pixels.sel(measure="preservation") == 0).all()
 
 
+def test_what_is_zero_but_for_rounding_decides_nothing() -> None:
+    nothing = np.full(8, 0.1 + 0.2 - 0.3)
+    assert nothing.mean() > 0
+    found = metrics.bootstrap(nothing)
+    assert found.low == found.high == 0 and not metrics.differs(found, 1.0)
+    assert metrics.verdict("interpolation_beats_random", found) == "undecided"
+    ends = metrics.interval(xr.DataArray(nothing, dims="prompt"))
+    assert float(ends.low) == float(ends.high) == 0
+
+
 def test_a_table_of_conditions_becomes_dimensions() -> None:
     rng = np.random.default_rng(0)
     table = {(r, k): xr.DataArray(rng.normal(size=(30, 2)), dims=("sample", "measure")) for r in "ab" for k in (8, 2)}
