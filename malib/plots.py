@@ -551,6 +551,24 @@ def matches(data: xr.Dataset) -> Figure:
     return _finish(figure, f"Points found again within 0.1 of the box (solid), others (dotted): {told}", data)
 
 
+def noise_grid(data: xr.Dataset) -> Figure:
+    """``mean`` (rule, site, sigma): a score of features, by the block and the noise level that they are read at."""
+    rules, rows = list(data.rule.values), data.sizes["site"]
+    size = 1.4 + (1.0 + 0.5 * data.sizes["sigma"]) * len(rules), 1.6 + 0.3 * rows
+    figure, axes = _canvas(1, len(rules), size, squeeze=False, sharey=True)
+    scale, told = {"vmin": 0, "vmax": float(data["mean"].max())}, []
+    for axis, rule in zip(axes[0], rules, strict=True):
+        shown = data["mean"].sel(rule=rule).transpose("site", "sigma")
+        sns.heatmap(
+            shown.to_pandas(), ax=axis, cmap="viridis", annot=True, fmt=".2f", annot_kws={"fontsize": 7}, **scale,
+            cbar=rule == rules[-1], cbar_kws={"label": data.attrs["measure"]},
+        )  # fmt: skip
+        axis.set(title=rule, xlabel="sigma, the noise level", ylabel="")
+        at = shown.stack(place=shown.dims).idxmax("place").item()
+        told.append(f"{rule} {float(shown.max()):.2f} ({at[0]}, {at[1]:g})")
+    return _finish(figure, f"Highest {data.attrs['measure']}, block and sigma: {'; '.join(told)}", data)
+
+
 def moves(data: xr.Dataset) -> Figure:
     """``share`` (condition, attribute, shown): how often each attribute is the target's, the source's, or neither."""
     conditions, kinds = data.condition.values, ("source", "neither or both", "target")
