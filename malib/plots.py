@@ -544,10 +544,11 @@ def matches(data: xr.Dataset) -> Figure:
                         [x - 0.5, u + width - 0.5], [y - 0.5, v - 0.5], color=colour, ls=style, lw=1.1, marker="o", ms=2.5
                     )
             axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
             if row == 0:
                 axis.set_title(str(method), fontsize=9)
     share = data.hit.where(data.start.isel(axis=0).notnull()).mean(("pair", "point"))
-    told = ", ".join(f"{m} {float(share.sel({'method': m})):.0%}" for m in methods)
+    told = "; ".join(f"{m} {float(share.sel({'method': m})):.0%}" for m in methods)
     return _finish(figure, f"Points found again within 0.1 of the box (solid), others (dotted): {told}", data)
 
 
