@@ -54,7 +54,7 @@ def resample(statistic: Callable[[np.ndarray], float], n: int, resamples: int = 
 
 def _ends(draws: ArrayLike) -> np.ndarray:
     """Ends of the 95 % interval, without the last digits: an exact 0 must not count as above or below 0 by its rounding."""
-    return np.nanpercentile(draws, [2.5, 97.5], axis=0).round(12)
+    return np.nanpercentile(draws, [2.5, 97.5], axis=0).round(12) + 0.0  # no -0
 
 
 def pairwise(matrix: np.ndarray, resamples: int = 2000, seed: int = 0) -> Estimate:
