@@ -144,7 +144,7 @@ def verdict(claim: str, estimate: Estimate, amount: float | Sequence[float] = 1.
         amount: how much the control of a comparison changed, over how much the massive channels did (the edits' ``amount``).
             What speaks for the massive channels counts only if the control changed at least as much, what speaks against
             them only if at most as much, each within 5 %; else there was "no fair control". Of several (one a block) each
-            counts.
+            counts. The other way round for a claim whose ``larger_change`` "lowers" the control's number.
 
     Raises:
         KeyError: an unknown claim.
@@ -157,6 +157,8 @@ def verdict(claim: str, estimate: Estimate, amount: float | Sequence[float] = 1.
     else:
         above, below = estimate.high < limits["at_most"], estimate.low > limits["at_most"]
     enough, not_more = _fair(amount)
+    if _claim(claim).get("larger_change") == "lowers":
+        enough, not_more = not_more, enough
     if (above and not enough) or (below and not not_more):
         return "no fair control"
     return "holds" if above else "does not hold" if below else "undecided"
@@ -181,15 +183,20 @@ def verdicts(found: Mapping[str, Estimate], amounts: Mapping[str, float | Sequen
     return pd.DataFrame(rows).style.hide(axis="index")
 
 
-def differs(gap: Estimate, amount: float) -> bool:
+def differs(massive: Estimate, control: Estimate, gap: Estimate, amount: float) -> bool:
     """Whether massive channels differ from a control: 0 lies outside the interval, and the ``amount`` is not to blame.
 
+    A control of larger effect must have changed at most as much, one of smaller effect at least as much.
+
     Args:
-        gap: what the massive channels did less what the control did.
+        massive: what the massive channels did, 0 for nothing.
+        control: what the control did.
+        gap: their difference, paired.
         amount: as for ``verdict``.
     """
     enough, not_more = _fair(amount)
-    return bool((gap.low > 0 and enough) or (gap.high < 0 and not_more))
+    outside = gap.low > 0 or gap.high < 0
+    return bool(outside and (not_more if abs(control.mean) > abs(massive.mean) else enough))
 
 
 def _fair(amount: float | Sequence[float]) -> tuple[bool, bool]:

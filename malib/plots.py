@@ -455,9 +455,10 @@ def _measures(data: xr.Dataset, usual: tuple[str, ...]) -> list[str]:
 
 
 def sites(data: xr.Dataset) -> Figure:
-    """``mean``, ``low``, ``high`` (rule, site, measure), ``base`` (measure): the same disruption at different places.
+    """``mean``, ``low``, ``high`` (rule, site, measure): the same disruption at different places.
 
-    ``attrs`` may name the lines (``base_label``, ``ceiling_label``) and the ``title``.
+    Lines across, both optional: ``base`` and ``ceiling`` (measure). ``attrs`` may name them (``base_label``, and so on)
+    and the ``title``.
     """
     measures = _measures(data, ("agreement", "layout", "high_frequency", "distance"))
     lines = {
@@ -467,16 +468,17 @@ def sites(data: xr.Dataset) -> Figure:
     figure, axes = _canvas(1, len(measures), (3.6 * len(measures), 3.9), squeeze=False)
     places = np.arange(data.sizes["site"])
     for axis, measure in zip(axes[0], measures, strict=True):
-        axis.axhline(float(data.base.sel(measure=measure)), color="0.3", lw=1, ls="--", label=lines["base"])
-        if "ceiling" in data:
-            axis.axhline(float(data.ceiling.sel(measure=measure)), color="0.3", lw=1, ls=":", label=lines["ceiling"])
+        for name, style in (("base", "--"), ("ceiling", ":")):
+            if name in data:
+                axis.axhline(float(data[name].sel(measure=measure)), color="0.3", lw=1, ls=style, label=lines[name])
         for number, rule in enumerate(data.rule.values):
             part = data.sel(rule=rule, measure=measure)
             bars = np.stack([part["mean"] - part.low, part.high - part["mean"]]).clip(0)
             style = {"color": _COLOURS.get(rule, _MANY[number][0]), "marker": _MARKERS.get(rule, _MANY[number][1])}
             shift = min(0.18, 0.8 / data.sizes["rule"]) * (number - (data.sizes["rule"] - 1) / 2)
             axis.errorbar(places + shift, part["mean"], bars, ls="", ms=5, capsize=2, label=rule, **style)
-        axis.set_xticks(places, data.site.values, rotation=35, ha="right")
+        slanted = {"rotation": 35, "ha": "right"} if len(places) <= 8 else {"rotation": 90}
+        axis.set_xticks(places, data.site.values, **slanted)
         axis.set(xlabel=data.attrs["axis"], ylabel=_MEASURES[measure])
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     measure = "high_frequency" if measures[0] in ("layout", "high_frequency") else measures[0]
@@ -732,7 +734,7 @@ def verdicts(data: xr.Dataset) -> Figure:
 
 
 def readings(data: xr.Dataset) -> Figure:
-    """``mean``, ``low``, ``high`` (claim, channels), ``limit``, ``setting``, ``apart`` (claim): claims and controls."""
+    """``mean``, ``low``, ``high`` (claim, channels), ``limit``, ``rule``, ``setting``, ``apart`` (claim): and controls."""
     rows = data.sizes["claim"]
     figure, axis = _canvas(1, 1, (8.2, 1.6 + 0.55 * rows))
     for number, name in enumerate(data.channels.values):
@@ -742,13 +744,15 @@ def readings(data: xr.Dataset) -> Figure:
         axis.errorbar(part["mean"], places, xerr=bars, ls="", marker="os"[number], ms=5, capsize=2, color=colour, label=name)
     for row, limit in enumerate(data.limit.values):
         axis.plot([limit, limit], [row - 0.4, row + 0.4], color="0.3", ls="--", lw=1, label="rule" if row == 0 else None)
-    labels = [f"{str(c).replace('_', ' ')}\n({s})" for c, s in zip(data.claim.values, data.setting.values, strict=True)]
+    stars = np.where(data.apart, " *", "")
+    names = [f"{str(claim).replace('_', ' ')}{star}" for claim, star in zip(data.claim.values, stars, strict=True)]
+    labels = [f"{n}\n({s}; {r})" for n, s, r in zip(names, data.setting.values, data.rule.values, strict=True)]
     axis.set_yticks(range(rows), labels, fontsize=8)
     axis.invert_yaxis()
     axis.set(xlabel="the claim's own number, see the table")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     apart = int(data.apart.sum())
-    return _finish(figure, f"In {apart} of {rows} tests the massive channels differ from their control (paired)", data)
+    return _finish(figure, f"In {apart} of {rows} tests (*) the massive channels differ from their control (paired)", data)
 
 
 def interactive_map(values: xr.DataArray, image: np.ndarray, title: str) -> go.Figure:

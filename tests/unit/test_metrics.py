@@ -89,10 +89,17 @@ def test_the_table_of_verdicts_says_what_the_control_changed() -> None:
 
 
 def test_a_difference_counts_where_the_amount_does_not_explain_it() -> None:
-    larger, smaller, none = Estimate(0.2, 0.1, 0.3, 9), Estimate(-0.2, -0.3, -0.1, 9), Estimate(0, -0.1, 0.1, 9)
-    assert [metrics.differs(larger, x) for x in (0.5, 1.0, 2.0, np.nan)] == [False, True, True, False]
-    assert [metrics.differs(smaller, x) for x in (0.5, 1.0, 2.0, np.nan)] == [True, True, False, False]
-    assert not metrics.differs(none, 1.0)
+    little, much = Estimate(0.1, 0.05, 0.15, 9), Estimate(-0.3, -0.4, -0.2, 9)
+    gap, none = Estimate(0.4, 0.3, 0.5, 9), Estimate(0.4, -0.1, 0.9, 9)
+    amounts = (0.5, 1.0, 2.0, np.nan)
+    assert [metrics.differs(much, little, gap, x) for x in amounts] == [False, True, True, False]
+    assert [metrics.differs(little, much, gap, x) for x in amounts] == [True, True, False, False]
+    assert not metrics.differs(much, little, none, 1.0)
+
+
+@pytest.mark.parametrize(("amount", "told"), [(0.5, "holds"), (1.0, "holds"), (2.0, "no fair control")])
+def test_a_control_that_discards_more_proves_nothing_for_the_massive_channels(amount: float, told: str) -> None:
+    assert metrics.verdict("ditf_hurt_more_than_energy", Estimate(0.2, 0.1, 0.3, 9), amount) == told
 
 
 def test_an_unknown_claim_is_named_beside_the_known_ones() -> None:
@@ -104,6 +111,7 @@ def test_every_claim_is_complete() -> None:
     for name, claim in metrics.claims().items():
         assert {"notebook", "says", "source", "metric", "branch", "rule", "controls"} <= set(claim), name
         assert set(claim["rule"]) <= {"at_least", "at_most"} and len(claim["rule"]) == 1
+        assert claim.get("larger_change", "lowers") == "lowers"
 
 
 def test_detail_of_waves_is_the_closed_form() -> None:
@@ -343,7 +351,7 @@ def test_what_is_zero_but_for_rounding_decides_nothing() -> None:
     nothing = np.full(8, 0.1 + 0.2 - 0.3)
     assert nothing.mean() > 0
     found = metrics.bootstrap(nothing)
-    assert found.low == found.high == 0 and not metrics.differs(found, 1.0)
+    assert found.low == found.high == 0 and not metrics.differs(found, found, found, 1.0)
     assert metrics.verdict("interpolation_beats_random", found) == "undecided"
     ends = metrics.interval(xr.DataArray(nothing, dims="prompt"))
     assert float(ends.low) == float(ends.high) == 0

@@ -58,14 +58,15 @@ def test_the_table_of_architectures_is_that_of_the_rows() -> None:
 
 def claim_table() -> str:
     """The verdicts of figures/paper, as the README shows them."""
-    lines = ["| | claim | whose | measured | rule | verdict |", "|---|---|---|---|---|---|"]
+    lines = ["| | claim | whose | measured | control changed | rule | verdict |", "|---|---|---|---|---|---|---|"]
     known = metrics.claims()
     for name in [name for notebook in figures.NOTEBOOKS for name in notebook.claims]:
         path = ROOT / "figures" / "paper" / name
         for row in json.loads(path.read_text())["claims"] if path.exists() else []:
             claim = known[row["claim"]]
             cells = (name[:2], claim["says"], re.split(r" \(|:", claim["source"])[0])
-            lines.append(f"| {' | '.join(cells)} | {row['measured']} | {row['rule']} | {row['verdict']} |")
+            found = (row["measured"], row.get("control changed", ""), row["rule"], row["verdict"])
+            lines.append(f"| {' | '.join(cells + found)} |")
     return "\n".join(lines)
 
 
