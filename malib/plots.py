@@ -465,8 +465,9 @@ def sites(data: xr.Dataset) -> Figure:
         name: data.attrs.get(f"{name}_label", usual)
         for name, usual in (("base", "undisturbed"), ("ceiling", "the source itself"))
     }
-    figure, axes = _canvas(1, len(measures), (3.6 * len(measures), 3.9), squeeze=False)
-    places = np.arange(data.sizes["site"])
+    places, many = np.arange(data.sizes["site"]), data.sizes["site"] > 8
+    upright = 0.07 * max(len(str(site)) for site in data.site.values) if many else 0  # inches that their names take
+    figure, axes = _canvas(1, len(measures), (3.6 * len(measures), 3.9 + upright), squeeze=False)
     for axis, measure in zip(axes[0], measures, strict=True):
         for name, style in (("base", "--"), ("ceiling", ":")):
             if name in data:
@@ -477,8 +478,7 @@ def sites(data: xr.Dataset) -> Figure:
             style = {"color": _COLOURS.get(rule, _MANY[number][0]), "marker": _MARKERS.get(rule, _MANY[number][1])}
             shift = min(0.18, 0.8 / data.sizes["rule"]) * (number - (data.sizes["rule"] - 1) / 2)
             axis.errorbar(places + shift, part["mean"], bars, ls="", ms=5, capsize=2, label=rule, **style)
-        slanted = {"rotation": 35, "ha": "right"} if len(places) <= 8 else {"rotation": 90}
-        axis.set_xticks(places, data.site.values, **slanted)
+        axis.set_xticks(places, data.site.values, **({"rotation": 90} if many else {"rotation": 35, "ha": "right"}))
         axis.set(xlabel=data.attrs["axis"], ylabel=_MEASURES[measure])
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     measure = "high_frequency" if measures[0] in ("layout", "high_frequency") else measures[0]
