@@ -11,7 +11,6 @@ import numpy as np
 
 if TYPE_CHECKING:
     import xarray as xr
-    from numpy.typing import ArrayLike
     from pandas.io.formats.style import Styler
 
 
@@ -48,13 +47,13 @@ def bootstrap(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> Estim
 def resample(statistic: Callable[[np.ndarray], float], n: int, resamples: int = 500, seed: int = 0) -> Estimate:
     """Any statistic of ``n`` units with its 95 % percentile interval; ``statistic`` takes the indices of the units drawn."""
     draws = np.random.default_rng(seed).integers(n, size=(resamples, n))
-    low, high = _ends([statistic(chosen) for chosen in draws])
+    low, high = _exact(np.nanpercentile([statistic(chosen) for chosen in draws], [2.5, 97.5]))
     return Estimate(float(statistic(np.arange(n))), float(low), float(high), n)
 
 
-def _ends(draws: ArrayLike) -> np.ndarray:
-    """Ends of the 95 % interval, without the last digits: an exact 0 must not count as above or below 0 by its rounding."""
-    return np.nanpercentile(draws, [2.5, 97.5], axis=0).round(12) + 0.0  # no -0
+def _exact(ends: np.ndarray) -> np.ndarray:
+    """Ends of an interval without their last digits: an exact 0 must not count as above or below 0 by its rounding."""
+    return ends.round(12) + 0.0  # no -0
 
 
 def pairwise(matrix: np.ndarray, resamples: int = 2000, seed: int = 0) -> Estimate:
@@ -81,7 +80,7 @@ def interval(values: xr.DataArray, over: str = "prompt", resamples: int = 2000, 
     n, rest = moved.shape[0], moved.shape[1:]
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples) / n
     means = draws @ moved.values.reshape(n, -1).astype(np.float64)
-    low, high = _ends(means)
+    low, high = _exact(np.percentile(means, [2.5, 97.5], axis=0))
     mean = moved.mean(over)
     bounds = {name: mean.copy(data=bound.reshape(rest)) for name, bound in (("low", low), ("high", high))}
     return xr.Dataset({"mean": mean, **bounds})

@@ -469,9 +469,9 @@ def sites(data: xr.Dataset) -> Figure:
     upright = 0.07 * max(len(str(site)) for site in data.site.values) if many else 0  # inches that their names take
     figure, axes = _canvas(1, len(measures), (3.6 * len(measures), 3.9 + upright), squeeze=False)
     for axis, measure in zip(axes[0], measures, strict=True):
-        for name, style in (("base", "--"), ("ceiling", ":")):
+        for name, dash in (("base", "--"), ("ceiling", ":")):
             if name in data:
-                axis.axhline(float(data[name].sel(measure=measure)), color="0.3", lw=1, ls=style, label=lines[name])
+                axis.axhline(float(data[name].sel(measure=measure)), color="0.3", lw=1, ls=dash, label=lines[name])
         for number, rule in enumerate(data.rule.values):
             part = data.sel(rule=rule, measure=measure)
             bars = np.stack([part["mean"] - part.low, part.high - part["mean"]]).clip(0)
@@ -734,7 +734,7 @@ def verdicts(data: xr.Dataset) -> Figure:
 
 
 def readings(data: xr.Dataset) -> Figure:
-    """``mean``, ``low``, ``high`` (claim, channels), ``limit``, ``rule``, ``setting``, ``apart`` (claim): and controls."""
+    """``mean``, ``low``, ``high`` (claim, channels), ``limit``, ``rule``, ``setting``, ``apart`` (claim)."""
     rows = data.sizes["claim"]
     figure, axis = _canvas(1, 1, (8.2, 1.6 + 0.55 * rows))
     for number, name in enumerate(data.channels.values):
