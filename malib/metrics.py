@@ -40,7 +40,8 @@ def bootstrap(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> Estim
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not len(values) or np.isnan(values).any():
-        raise ValueError(f"bootstrap needs a vector of numbers without NaN, not shape {values.shape}.")
+        told = f"shape {values.shape} with {np.isnan(values).sum()} NaN"
+        raise ValueError(f"bootstrap needs a vector of numbers without NaN, not {told}; leave out what was not measured.")
     return resample(lambda chosen: values[chosen].mean(), len(values), resamples, seed)
 
 
