@@ -1,13 +1,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from malib import DiT, Store
 
 from . import architectures
-
-torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session", params=[name for name in architectures.KNOWN if name != "flux2-dev"])

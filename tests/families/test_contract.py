@@ -33,6 +33,7 @@ from malib.records import Window
 from malib.spatial import kmeans, min_max
 
 from .. import architectures
+from ..closeness import assert_apart, assert_close
 
 PROMPTS = ["a red star", "a small blue ring on the left"]
 STEPS = 3
@@ -115,10 +116,10 @@ def test_branches_see_their_own_prompt(any_dit: DiT) -> None:
     """At the first step, cond with guidance equals the only branch without; uncond does not know the prompt."""
     guided = any_dit.generate(PROMPTS, steps=1, cfg=3.0, record=[ChannelStats()]).records.channel_stats
     plain = any_dit.generate(PROMPTS, steps=1, cfg=1.0, record=[ChannelStats()]).records.channel_stats
-    np.testing.assert_allclose(guided.score.sel(branch="cond"), plain.score.sel(branch="cond"), rtol=1e-4, atol=1e-5)
+    assert_close(guided.score.sel(branch="cond"), plain.score.sel(branch="cond"))
     other = any_dit.generate(PROMPTS[::-1], seeds=0, steps=1, cfg=3.0, record=[ChannelStats()]).records.channel_stats
-    np.testing.assert_allclose(guided.score.sel(branch="uncond"), other.score.sel(branch="uncond"), rtol=1e-4, atol=1e-5)
-    assert not np.allclose(guided.score.sel(branch="cond"), other.score.sel(branch="cond"), rtol=1e-3, atol=1e-4)
+    assert_close(guided.score.sel(branch="uncond"), other.score.sel(branch="uncond"))
+    assert_apart(guided.score.sel(branch="cond"), other.score.sel(branch="cond"))
 
 
 def test_steps_and_sigmas_on_the_second_call_too(any_dit: DiT) -> None:
@@ -131,7 +132,7 @@ def test_steps_and_sigmas_on_the_second_call_too(any_dit: DiT) -> None:
             known = (1 - scheduler.alphas_cumprod[scheduler.timesteps.long()]).sqrt()
         else:
             known = scheduler.sigmas[:steps]
-        assert np.allclose(sigmas, known.numpy())
+        assert_close(sigmas, known.numpy())
 
 
 @pytest.mark.parametrize("name", ["flux-guided", "flux2-dev"])
@@ -157,7 +158,7 @@ def test_an_image_does_not_depend_on_its_place_in_the_batch(any_dit: DiT) -> Non
     tolerance = 1e-3 * together.latents.std()
     assert np.abs(together.latents[1] - alone.latents[0]).max() < tolerance
     assert np.abs(moved.latents[0] - alone.latents[0]).max() < tolerance
-    assert not np.allclose(together.latents[0], together.latents[1])
+    assert_apart(together.latents[0], together.latents[1])
 
 
 @pytest.mark.parametrize("rule", [TopK(3), BottomK(3), RandomK(3, seed=1), EnergyMatched(2), Channels((0, 5))])
@@ -218,7 +219,7 @@ def test_gates_are_what_the_blocks_multiply_with(any_dit: DiT) -> None:
         for (of, gate, _), x in seen.items():
             if of == label:
                 before = before + (x if gate is None else gates[:, names.index(gate), None] * x)
-        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+        assert_close(after, before)
 
 
 def test_gates_of_the_text_stop_where_its_stream_does(any_dit: DiT) -> None:
@@ -292,8 +293,8 @@ def test_running_means_equal_the_means_of_what_is_kept(any_dit: DiT) -> None:
     for keep in [("step", "branch", "layer"), ("layer",), ("sample", "layer")]:
         run = any_dit.generate(prompts, steps=STEPS, record=[ChannelStats(keep=keep, top=0, **window)])
         mean, dims = run.records.channel_stats, [a for a in malib.records.AXES if a not in keep]
-        np.testing.assert_allclose(mean.score, kept.score.mean(dims).transpose(*mean.score.dims), rtol=1e-5)
-        np.testing.assert_allclose(mean.score_std, kept.score.std(dims).transpose(*mean.score.dims), rtol=1e-2, atol=1e-5)
+        assert_close(mean.score, kept.score.mean(dims).transpose(*mean.score.dims))
+        assert_close(mean.score_std, kept.score.std(dims).transpose(*mean.score.dims))
         assert np.array_equal(mean.maximum, kept.maximum.max(dims).transpose(*mean.maximum.dims))
 
 
@@ -320,7 +321,7 @@ def test_clusters_are_those_of_the_recorded_states(any_dit: DiT) -> None:
         found, x = run.records.clusters, torch.tensor(run.records.hidden_states.value.values)[:, 0, 0, 1]
         scaled, mask = min_max(x), rule.mask(x, 1)
         for i in range(2):
-            np.testing.assert_allclose(found.heat[i, 0, 0, 1], scaled[i][:, mask[i]].mean(1), rtol=1e-4)
+            assert_close(found.heat[i, 0, 0, 1], scaled[i][:, mask[i]].mean(1))
         if isinstance(rule, TopK):
             points = scaled.gather(2, rule.ids(x, 1)[:, None].expand(-1, x.shape[1], -1))
             assert np.array_equal(found.label[:, 0, 0, 1], kmeans(points))
@@ -329,15 +330,14 @@ def test_clusters_are_those_of_the_recorded_states(any_dit: DiT) -> None:
 
 
 SOURCES = ["a large yellow cross on the right", "a white square"]
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 def test_transport_of_a_sample_onto_itself_or_of_no_strength_changes_nothing(any_dit: DiT) -> None:
     plain = any_dit.generate(PROMPTS, steps=STEPS).latents
     for edit in (Transport(TopK(4), PROMPTS), Transport(TopK(4), SOURCES, strength=0.0)):
-        np.testing.assert_allclose(any_dit.generate(PROMPTS, steps=STEPS, edits=[edit]).latents, plain, **CLOSE)
+        assert_close(any_dit.generate(PROMPTS, steps=STEPS, edits=[edit]).latents, plain)
     moved = any_dit.generate(PROMPTS, steps=STEPS, edits=[Transport(TopK(4), SOURCES)]).latents
-    assert not np.allclose(moved, plain, atol=1e-2)
+    assert_apart(moved, plain)
 
 
 def test_all_channels_of_all_tokens_are_the_sources_states(any_dit: DiT) -> None:
@@ -348,8 +348,8 @@ def test_all_channels_of_all_tokens_are_the_sources_states(any_dit: DiT) -> None
         for prompts, edits in ((PROMPTS, [every]), (SOURCES, []))
     )
     first = {"step": 0}  # later steps start from other latents, but every step ends in the source's own states
-    np.testing.assert_allclose(moved.sel(first), source.sel(first), **CLOSE)
-    np.testing.assert_allclose(moved, source, rtol=1e-3, atol=1e-3)
+    assert_close(moved.sel(first), source.sel(first))
+    assert_close(moved, source)
 
 
 def test_a_recorded_source_does_what_a_travelling_one_does(any_dit: DiT) -> None:
@@ -360,14 +360,14 @@ def test_a_recorded_source_does_what_a_travelling_one_does(any_dit: DiT) -> None
             any_dit.generate(PROMPTS, steps=STEPS, edits=[Transport(rule, source, mask=mask, **window)])
             for source in (SOURCES, once)
         )
-        np.testing.assert_allclose(replayed.latents, paired.latents, **CLOSE)
+        assert_close(replayed.latents, paired.latents)
         assert replayed.records.transport.mask.equals(paired.records.transport.mask)
     one = any_dit.generate(SOURCES[:1], [5], steps=STEPS, record=[HiddenStates(channels=rule, **window)])
     spread, each = (
         any_dit.generate(PROMPTS, steps=STEPS, edits=[Transport(rule, source, seeds=seeds, **window)]).latents
         for source, seeds in ((one, None), (SOURCES[:1], (5,)))
     )
-    np.testing.assert_allclose(spread, each, **CLOSE)
+    assert_close(spread, each)
 
 
 def test_a_matched_transport_reads_each_samples_amount_in_any_batch(any_dit: DiT) -> None:
@@ -417,7 +417,7 @@ def test_companions_are_seen_by_nobody_else_and_batches_do_not_matter(any_dit: D
         parts = any_dit.generate(PROMPTS, steps=STEPS, edits=edits, record=[ChannelStats(top=0)])
     finally:
         any_dit.batch_size = kept
-    np.testing.assert_allclose(parts.latents, whole.latents, **CLOSE)
+    assert_close(parts.latents, whole.latents)
     assert parts.records.transport.mask.equals(whole.records.transport.mask)
 
 
@@ -431,11 +431,12 @@ def test_interpolated_prompts_lead_from_the_target_to_the_source(any_dit: DiT) -
     for strength, end in ((0.0, target), (1.0, source)):
         found = any_dit.generate(PROMPTS, steps=STEPS, edits=[Interpolate(source=SOURCES, strength=strength)])
         if not masked:
-            np.testing.assert_allclose(found.latents, end.latents, **CLOSE)
+            assert_close(found.latents, end.latents)
     half = any_dit.generate(PROMPTS, steps=STEPS, edits=[Interpolate(source=SOURCES)]).latents
-    assert not np.allclose(half, target.latents, atol=1e-3) and not np.allclose(half, source.latents, atol=1e-3)
+    assert_apart(half, target.latents)
+    assert_apart(half, source.latents)
     again = any_dit.generate(PROMPTS, steps=STEPS, edits=[Interpolate(source=PROMPTS, strength=0.7)]).latents
-    np.testing.assert_allclose(again, target.latents, **CLOSE)
+    assert_close(again, target.latents)
 
 
 def refused(dit: DiT, ways: tuple[str, ...] = ("flow", "ddpm")) -> bool:
@@ -472,7 +473,7 @@ def test_latents_are_normalised_as_the_transformer_was_trained(name: str) -> Non
             expected = (vae.encode(pixels[:, :, None]).latent_dist.mean[:, :, 0] - mean) / std
         else:
             expected = (vae.encode(pixels).latent_dist.mean - vae.config.shift_factor) * vae.config.scaling_factor
-    torch.testing.assert_close(dit.encode(images), expected)
+    assert_close(dit.encode(images), expected)
 
 
 def test_a_picture_is_read_at_every_noise_level_with_the_targets_noise(any_dit: DiT) -> None:
@@ -488,7 +489,7 @@ def test_a_picture_is_read_at_every_noise_level_with_the_targets_noise(any_dit: 
     for step, sigma in enumerate(moved.sigma.values):
         start = Renoised(images, float(sigma))
         read = any_dit.generate(prompt, 3, steps=1, start=start, record=[first]).records.hidden_states
-        np.testing.assert_allclose(moved.value.isel(step=step), read.value.isel(step=0), rtol=1e-3, atol=1e-3)
+        assert_close(moved.value.isel(step=step), read.value.isel(step=0))
 
 
 @pytest.mark.parametrize("name", ["flux", "flux2-klein", "qwen-image"])
@@ -500,9 +501,9 @@ def test_inversion_follows_the_flow_upwards(name: str) -> None:
     clean, path = dit.encode(images), dit.invert(images, ["", ""], 4)
     assert len(path) == 5
     for index, latents in enumerate(path):
-        torch.testing.assert_close(latents, clean + 0.7 * index / 4)
+        assert_close(latents, clean + 0.7 * index / 4)
     at = dit._route(images, ["", ""], [0, 1], Pictures(images, route="inversion"), 4, None)
-    torch.testing.assert_close(at(0.6), clean + 0.42)
+    assert_close(at(0.6), clean + 0.42)
 
 
 def test_starting_from_pictures(any_dit: DiT) -> None:
@@ -514,17 +515,17 @@ def test_starting_from_pictures(any_dit: DiT) -> None:
     clean = any_dit.encode(images)
     still = any_dit.generate(PROMPTS, steps=1, cfg=1.0, start=Renoised(images, 1e-4))
     least = 2e-2 if any_dit.family.pictures == "flow" else 0.1  # the first timestep of a DDPM has noise of 0.01
-    np.testing.assert_allclose(still.latents, any_dit._latents.pack(clean), atol=least)
+    assert_close(still.latents, any_dit._latents.pack(clean), least)
     half = any_dit.generate(PROMPTS, steps=2, start=Renoised(images, 0.5), record=[ChannelStats(top=0)])
     if any_dit.family.pictures == "flow":
         assert half.records.channel_stats.sigma.values.tolist() == [0.5, 0.25]
     else:
-        assert np.allclose(half.records.channel_stats.sigma[0], 0.5, atol=0.01)
+        assert_close(half.records.channel_stats.sigma[0], 0.5, 0.02)
     other = any_dit.generate(PROMPTS, seeds=9, steps=2, start=Renoised(images, 0.5))
-    assert not np.allclose(half.latents, other.latents)
+    assert_apart(half.latents, other.latents)
     if any_dit.name not in ("sana", "pixart"):  # their own schedulers are other solvers
         noise = any_dit.generate(PROMPTS, steps=1, start=Renoised(images, 1.0))
-        np.testing.assert_allclose(noise.latents, any_dit.generate(PROMPTS, steps=1).latents, atol=1e-5)
+        assert_close(noise.latents, any_dit.generate(PROMPTS, steps=1).latents)
     assert any_dit.pipeline.scheduler is own
 
 

@@ -22,6 +22,7 @@ from malib.edits import _InterpolateListener, _TransportListener
 from malib.guidance import _GuidanceListener
 
 from .. import architectures
+from ..closeness import assert_apart, assert_close
 from .test_contract import PROMPTS
 
 
@@ -37,7 +38,7 @@ def test_one_step_moves_by_w_times_what_the_disruption_moves(any_dit: DiT, cfg: 
     )
     if any_dit.family.rescales and cfg > 1:
         return  # test_a_rescaled_guidance_is_the_term_rescaled
-    np.testing.assert_allclose(guided, plain + w * (own - degraded), rtol=2e-3, atol=2e-3 * np.abs(own - degraded).max())
+    assert_close(guided - plain, w * (own - degraded), 2e-3)
     assert np.abs(own - degraded).max() > 1e-3
 
 
@@ -59,7 +60,7 @@ def test_a_rescaled_guidance_is_the_term_rescaled() -> None:
     mixed = uncond + s * (pushed - uncond)
     velocity = mixed * pushed.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True)
     found = dit.generate(PROMPTS, steps=1, cfg=s, guide=DetailGuidance(w, m, rule)).latents
-    np.testing.assert_allclose(found, noise[0] - velocity, rtol=1e-4, atol=1e-4)
+    assert_close(found, noise[0] - velocity)
 
 
 @pytest.mark.parametrize(("name", "guidance"), [("flux-guided", 2.5), ("flux2-dev", 4.0)])
@@ -74,7 +75,7 @@ def test_models_with_embedded_guidance_are_guided_in_their_one_branch(name: str,
         dit.generate(PROMPTS, **call, **more).latents
         for more in ({"guide": DetailGuidance(w, m, rule)}, {}, {"edits": [Disrupt(rule, layers=m)]})
     )
-    np.testing.assert_allclose(guided, own + w * (own - degraded), rtol=2e-3, atol=2e-3 * np.abs(own - degraded).max())
+    assert_close(guided - own, w * (own - degraded), 2e-3)
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
@@ -86,7 +87,7 @@ def test_the_push_is_the_mean_square_of_the_term(flux_dit: DiT, cfg: float) -> N
         push = getattr(run.records, edit).push
         assert push.dims == ("sample", "step", "branch", "layer") and push.layer.values.tolist() == [m]
         moved = np.square(run.latents - plain).reshape(2, -1).mean(1)
-        np.testing.assert_allclose(push.values.ravel(), moved, rtol=1e-3)
+        assert_close(push.values.ravel(), moved, 1e-3)
 
 
 @pytest.mark.parametrize("name", ["flux", "sd3"])
@@ -121,7 +122,7 @@ def test_many_steps_equal_a_loop_written_by_hand(name: str) -> None:
     model.forward = combined
     pipeline(**dit.arguments(PROMPTS, [0, 1], steps, s), callback_on_step_end=keep)
     del model.forward
-    np.testing.assert_allclose(found, last["latents"], rtol=1e-4, atol=1e-4)
+    assert_close(found, last["latents"])
 
 
 def test_no_weight_is_plain_generation_bit_for_bit(any_dit: DiT) -> None:
@@ -150,7 +151,7 @@ def test_a_skipped_layer_is_the_model_without_it(any_dit: DiT) -> None:
     handle = block.module.register_forward_hook(passed, with_kwargs=True)
     without = any_dit.generate(PROMPTS, steps=1, cfg=1.0).latents
     handle.remove()
-    np.testing.assert_allclose(guided, own + w * (own - without), rtol=2e-3, atol=2e-3 * np.abs(own - without).max())
+    assert_close(guided - own, w * (own - without), 2e-3)
 
 
 def test_the_selection_is_recorded_and_readers_see_the_guided_alone(any_dit: DiT) -> None:
@@ -169,10 +170,8 @@ def test_steps_outside_the_window_are_plain(any_dit: DiT) -> None:
     plain, guided = (
         any_dit.generate(PROMPTS, steps=3, guide=g, record=[first]).records.hidden_states.value for g in (None, guide)
     )
-    np.testing.assert_allclose(plain, guided, rtol=1e-3, atol=1e-3)
-    assert not np.allclose(
-        any_dit.generate(PROMPTS, steps=3).latents, any_dit.generate(PROMPTS, steps=3, guide=guide).latents, atol=1e-3
-    )
+    assert_close(plain, guided)
+    assert_apart(any_dit.generate(PROMPTS, steps=3).latents, any_dit.generate(PROMPTS, steps=3, guide=guide).latents)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +221,7 @@ def test_companions_travel_only_where_they_are_read(
     for listener in (_GuidanceListener, _InterpolateListener, _TransportListener):
         monkeypatch.setattr(listener, "needs", lambda self, step, branch: True)
     whole = any_dit.generate(PROMPTS, steps=2, cfg=3.0, **wanted)
-    np.testing.assert_allclose(found.latents, whole.latents, rtol=1e-4, atol=1e-4)
+    assert_close(found.latents, whole.latents)
 
 
 def test_a_guide_needs_one_block() -> None:

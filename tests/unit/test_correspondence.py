@@ -14,6 +14,7 @@ from malib.cache import Store
 from malib.channels import Channels
 
 from .. import architectures
+from ..closeness import assert_close
 
 
 def coded(grid: tuple[int, int]) -> np.ndarray:
@@ -41,7 +42,7 @@ def test_similarity_is_the_cosine_of_upsampled_features() -> None:
     ]
     for (x, y), found in zip(points.astype(int), maps, strict=True):
         expected = torch.nn.functional.cosine_similarity(large[0][:, y, x, None, None], large[1], dim=0)
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+        assert_close(found, expected)
 
 
 def test_hits_count_by_the_longer_side_of_the_box() -> None:
@@ -106,9 +107,9 @@ def test_features_are_what_the_blocks_norm_gives(name: str, layer: int) -> None:
             x = x * (1 + scale) + shift
         return x.unflatten(1, dit.grid()).numpy()
 
-    np.testing.assert_allclose(corr.features(states, layer), inside([]), rtol=1e-4, atol=1e-4)
+    assert_close(corr.features(states, layer), inside([]))
     cut = Disrupt(rule, layers=layer, point="input")
-    np.testing.assert_allclose(corr.features(states, layer, discard=rule), inside([cut]), rtol=1e-4, atol=1e-4)
+    assert_close(corr.features(states, layer, discard=rule), inside([cut]))
     raw = corr.features(states, layer, "raw")
     np.testing.assert_array_equal(raw.reshape(-1), states.tokens.sel(layer=layer).values.reshape(-1))
 
@@ -154,7 +155,7 @@ def test_an_ensemble_is_the_mean_over_its_noises(flux_dit: DiT) -> None:
             ).records.hidden_states.value.values.squeeze()
             for number in range(3)
         ]
-        np.testing.assert_allclose(together.tokens[i, 0], np.mean(alone, axis=0), rtol=1e-3, atol=1e-3)
+        assert_close(together.tokens[i, 0], np.mean(alone, axis=0))
 
 
 def test_a_reading_is_kept_as_its_mean_alone(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

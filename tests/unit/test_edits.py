@@ -11,6 +11,8 @@ from malib.edits import controls
 from malib.hooks import Event
 from malib.records import Run
 
+from ..closeness import assert_apart, assert_close
+
 AT = Event(0, "cond", 0, "image", "output")
 
 
@@ -48,12 +50,12 @@ def test_mean_keeps_what_all_tokens_share() -> None:
 def test_the_rotated_removal_has_the_norm_of_zeroing_in_every_token() -> None:
     x, rule = states(3, 8, 64), TopK(4)
     gone, turned = x - changed(x, Disrupt(rule)), x - changed(x, Disrupt(rule, mode="rotate", seed=5))
-    assert torch.allclose(turned.norm(dim=2), gone.norm(dim=2), rtol=1e-4)
+    assert_close(turned.norm(dim=2), gone.norm(dim=2))
     assert torch.linalg.matrix_rank(turned.flatten(0, 1)) == 4
     assert (turned * gone).sum().abs() < 0.5 * gone.square().sum()
     frame = random_frame(64, 4, 5, 0)
-    assert torch.allclose(turned @ frame @ frame.T, turned, atol=1e-5)
-    assert not torch.allclose(turned, x - changed(x, Disrupt(rule, mode="rotate", seed=6)))
+    assert_close(turned @ frame @ frame.T, turned)
+    assert_apart(turned, x - changed(x, Disrupt(rule, mode="rotate", seed=6)))
 
 
 def test_edits_compose_in_the_given_order() -> None:
@@ -95,7 +97,7 @@ def test_controls_match_the_top_in_number_energy_or_norm() -> None:
     assert list(found) == ["top", "equal energy", "random", "bottom", "equal norm"]
     energy = {name: gone.square().sum((1, 2)) for name, gone in found.items()}
     assert all((found[n] != 0).any(1).sum(1).eq(4).all() for n in ("top", "bottom", "random"))
-    assert torch.allclose(energy["equal norm"], energy["top"], rtol=1e-4)
+    assert_close(energy["equal norm"], energy["top"])
     assert (
         energy["equal energy"] < energy["top"]
     ).all()  # sixty ordinary channels hold less than four of twenty times the size
@@ -113,7 +115,7 @@ def test_the_amount_is_the_squared_norm_of_the_change_of_a_token(mode: str) -> N
     listener.flush()
     amount = listener.dataset().amount
     assert amount.dims == ("sample", "step", "branch", "layer")
-    np.testing.assert_allclose(amount.values.ravel(), (after - x).square().sum(2).mean(1), rtol=1e-5)
+    assert_close(amount.values.ravel(), (after - x).square().sum(2).mean(1))
     assert (amount > 0).all()
 
 
@@ -213,7 +215,7 @@ def test_transport_is_the_papers_formula(strength: float, whose: str) -> None:
                 m[sample, states_of[sample].mean(0).abs().topk(3).indices] = 1
     weight = strength * torch.from_numpy(p).float()[:, :, None] * m[:, None]
     assert torch.equal(taken, m.bool())
-    assert torch.allclose(found, x * (1 - weight) + source * weight, atol=1e-6)
+    assert_close(found, x * (1 - weight) + source * weight)
     assert torch.equal(found[weight == 0], x[weight == 0]) and torch.equal(found[weight == 1], source[weight == 1])
 
 

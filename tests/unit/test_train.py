@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from malib import train
 from malib.train import PRESETS
 
+from ..closeness import assert_apart, assert_close
+
 SMALL = replace(
     PRESETS["tiny"], single_blocks=2, steps=6, batch=2, warmup=2, scenes=16, vae_steps=2, vae_batch=4, card_captions=2
 )
@@ -76,7 +78,8 @@ def test_the_end_of_the_caption_is_where_clip_pools(finished) -> None:
     """Two captions that differ only in their last word have different pooled vectors."""
     pipeline = train.build_pipeline(SMALL, 0)
     _, pooled = train.encode_text(pipeline, ["a red star", "a red ring", "a red star"])
-    assert torch.allclose(pooled[0], pooled[2]) and not torch.allclose(pooled[0], pooled[1])
+    assert_close(pooled[0], pooled[2])
+    assert_apart(pooled[0], pooled[1])
 
 
 def test_probe_is_written_and_read_and_leaves_the_weights(finished, tmp_path) -> None:
@@ -189,7 +192,7 @@ def test_the_noise_shift_moves_levels_as_stated() -> None:
     """Equal draws with and without shift: sigma / (1 - sigma) is multiplied by the shift."""
     latents = torch.zeros(4, 4, 32, 32)
     plain, shifted = (train._draw(latents, replace(SMALL, shift=s, batch=64), 0, 0, "cpu")[2] for s in (1.0, 3.0))
-    assert torch.allclose(shifted / (1 - shifted), 3 * plain / (1 - plain), rtol=1e-3)
+    assert_close(shifted / (1 - shifted), 3 * plain / (1 - plain))
 
 
 def test_the_help_names_every_option_and_the_band(capsys) -> None:
