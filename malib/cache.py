@@ -1,7 +1,7 @@
-"""A content-addressed store on disk: the same call on the same weights is never computed twice.
+"""Content-addressed store on disk: the same call on the same weights is computed once.
 
-``objects/ab/<key>/{data.safetensors, meta.json}`` where the key is the sha256 of the call's canonical JSON. Entries appear
-whole or not at all; a damaged one is reported, dropped and computed again. No pickle anywhere.
+``objects/ab/<key>/{data.safetensors, meta.json}`` where the key is the sha256 of the call's canonical JSON. An entry
+appears whole or not at all; a damaged one is reported, removed and computed again. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ log = logging.getLogger("malib")
 
 
 def default_folder() -> Path:
-    """``$MALIB_CACHE``, or ``~/.cache/malib/generations``."""
+    """Return ``$MALIB_CACHE``, or ``~/.cache/malib/generations``."""
     return Path(os.environ.get("MALIB_CACHE") or Path.home() / ".cache" / "malib" / "generations")
 
 
 def describe(value: Any) -> Any:
-    """A value as plain JSON: dataclasses by type, version and fields; arrays by shape, dtype, content hash and labels.
+    """Convert a value to plain JSON: dataclasses by type, version and fields; arrays by shape, dtype, hash and labels.
 
     Raises:
-        TypeError: a value that has no faithful description.
+        TypeError: a value without a faithful description.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -58,7 +58,7 @@ def describe(value: Any) -> Any:
 
 
 def key_of(call: Any) -> str:
-    """The sha256 of a call's canonical JSON."""
+    """Return the sha256 of a call's canonical JSON."""
     return hashlib.sha256(json.dumps(describe(call), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -66,8 +66,8 @@ class Store:
     """Named arrays and a JSON document under each key.
 
     Args:
-        folder: where the store lives; made when missing.
-        budget: bytes on disk; when exceeded, the entries used longest ago go first.
+        folder: folder of the store, created when missing; None for ``default_folder()``.
+        budget: bytes on disk; when exceeded, the least recently used entries are removed.
     """
 
     def __init__(self, folder: Path | str | None = None, budget: int = 10 * 2**30) -> None:
@@ -75,11 +75,11 @@ class Store:
         self.budget = budget
 
     def path(self, key: str) -> Path:
-        """The folder of an entry."""
+        """Return the folder of an entry."""
         return self.folder / "objects" / key[:2] / key
 
     def get(self, key: str) -> tuple[dict[str, np.ndarray], dict] | None:
-        """The entry, or None when there is none or it is damaged (reported in the log and removed)."""
+        """Return an entry; None if there is none, or it is damaged (then it is reported in the log and removed)."""
         from safetensors.numpy import load
 
         entry = self.path(key)
@@ -100,7 +100,10 @@ class Store:
         return arrays, meta["document"]
 
     def put(self, key: str, arrays: Mapping[str, np.ndarray], document: dict) -> None:
-        """Write an entry: data first, the meta as commit mark, then one rename. A full disk loses the entry, not the run."""
+        """Write named ``arrays`` and a JSON ``document`` under ``key``: data, then the meta file, then one rename.
+
+        A full disk loses the entry, not the run.
+        """
         from safetensors.numpy import save
 
         entry = self.path(key)

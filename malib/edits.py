@@ -1,21 +1,17 @@
-"""What can be written during a generation. Edits are frozen dataclasses; they change the named entries alone, in place.
-
-Several edits of one call are applied in the given order, each to what the one before has left.
-"""
+"""Edits: what can be written into hidden states and prompts during a generation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from . import channels
-from .cache import describe
-from .channels import Rule, TopK, random_frame
-from .generation import Generation, check_pictures
-from .records import HiddenStates, Run, Window, _Listener, name_of
+from .generation import Generation
+from .rules import Rule, random_frame
+from .sources import Images, Recorded
+from .window import BaseListener, Run, Window
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -23,28 +19,30 @@ if TYPE_CHECKING:
 
     from .hooks import Event
 
+
 MODES = ("zero", "mean", "scale", "rotate")
-WHOSE = ("source", "target", "union")
-ROUTES = ("noise", "inversion")
+
+
+SELECT_ON = ("source", "target", "union")
 
 
 @dataclass(frozen=True)
 class Disrupt(Window):
-    """Destroy what the selected channels carry (MAs-DiT, arXiv 2605.13974, disruption probe).
+    """Remove what the selected channels carry (MAs-DiT, arXiv 2605.13974, disruption).
 
     By default in every token, at the output of every block, at every step and in every branch; the fields of ``Window``
-    restrict it. Recorded are the resolved selection, ``mask`` (sample, step, branch, layer, channel), and the ``amount``
-    (sample, step, branch, layer) that was changed: the squared norm of the change of a token, the mean over all tokens.
+    restrict it. Recorded are the selection, ``mask`` (sample, step, branch, layer, channel), and the ``dose`` (sample,
+    step, branch, layer): the squared norm changed per token, mean over all tokens.
 
     Attributes:
-        channels: a rule such as ``TopK(8)``; it sees the hidden states just before they are changed.
-        mode: what becomes of the selected entries. "zero": 0. "mean": their channel's mean over the disrupted tokens, so
-            that only the differences between tokens are lost. "scale": ``factor`` times themselves. "rotate": nothing
-            happens to them; instead, in every token, a vector of the very norm that "zero" would remove is taken away in a
-            random subspace of as many dimensions (the equal-norm control; it needs a rule with a fixed k).
-        factor: of mode "scale"; 1 changes nothing, 0 is mode "zero".
-        tokens: token indices that are changed; None for all.
-        seed: of the random subspace; another one for each layer, the same for all samples and steps.
+        channels: a selection rule such as ``TopK(8)``; it sees the hidden states just before they change.
+        mode: what replaces the selected entries. "zero": 0. "mean": the channel's mean over the disrupted tokens, which
+            removes the differences between tokens only. "scale": ``factor`` times themselves. "rotate": the entries
+            stay; in every token, a vector of the norm that "zero" would remove is subtracted in a random subspace of as
+            many dimensions (the norm-matched control; it needs a selection rule with a fixed k).
+        factor: of mode "scale"; 1 changes nothing, 0 equals mode "zero".
+        tokens: token indices to change; None for all.
+        seed: of the random subspace; each layer has its own draw, the same for all samples and steps.
     """
 
     version: ClassVar[int] = 3
@@ -59,47 +57,32 @@ class Disrupt(Window):
         super().__post_init__()
         _check_rule(self)
         if self.mode not in MODES:
-            raise ValueError(f"Mode '{self.mode}' is unknown; use one of {', '.join(MODES)}.")
+            raise ValueError(f"Mode '{self.mode}' is unknown; use {', '.join(MODES)}.")
         if self.tokens is not None:
             object.__setattr__(self, "tokens", tuple(self.tokens))
 
     def start(self, run: Run) -> _DisruptListener:
-        """A listener that applies the edit and records what it selected."""
+        """Return a listener that applies the edit and records what it selected."""
         return _DisruptListener(self, run)
 
 
-def controls(k: int, draws: int = 1, **window: Any) -> dict[str, list[list[Disrupt]]]:
-    """The disruption of the massive channels and all that it must be held against, as lists of edits by name.
-
-    Args:
-        k: number of massive channels.
-        draws: how many random draws of each control that has some; average over them.
-        window: fields of ``Window`` for every edit.
-
-    Returns:
-        Those of ``channels.controls``, and "equal norm", the same norm taken from every token in a random subspace.
-    """
-    found = {name: [[Disrupt(rule, **window)] for rule in rules] for name, rules in channels.controls(k, draws).items()}
-    return found | {"equal norm": [[Disrupt(TopK(k), mode="rotate", seed=s, **window)] for s in range(draws)]}
-
-
-class _EditListener(_Listener):
-    """Knows which samples of the run are in the batch."""
+class _EditListener(BaseListener):
+    """Base class of listeners that know which samples of the call are in the batch."""
 
     writes = True
 
     def __init__(self, record: Window, run: Run) -> None:
         super().__init__(record, run)
         self._done, self._size = 0, 0
-        _check_number("amounts", record.channels.samples or 1, run)
+        _check_number("doses", record.channels.samples or 1, run)
 
-    def rows(self, held: int, count: int) -> slice:
-        """The rows of this batch of what was given once for all, or once a sample."""
+    def rows(self, given: int, count: int) -> slice:
+        """Return the rows of this batch among ``given`` values: one for all samples, or one for each."""
         self._size = count
-        return slice(None) if held == 1 else slice(self._done, self._done + count)
+        return slice(None) if given == 1 else slice(self._done, self._done + count)
 
     def rule(self, event: Event, count: int) -> Rule:
-        """The record's rule for the samples of this batch."""
+        """Return the edit's selection rule for the samples of this batch."""
         rule = self.record.channels
         return rule.at(event.step, event.branch, self.rows(rule.samples or 1, count))
 
@@ -117,10 +100,11 @@ class _DisruptListener(_EditListener):
         tokens = self.record.tokens
         if tokens is not None and not 0 <= min(tokens) <= max(tokens) < x.shape[1]:
             raise ValueError(
-                f"Tokens {min(tokens)} to {max(tokens)} were to be disrupted; this run has tokens 0 to {x.shape[1] - 1}."
+                f"Tokens {min(tokens)} to {max(tokens)} exceed this run, which has tokens 0 to {x.shape[1] - 1}; choose "
+                "among these."
             )
         rule, before, change = self.rule(event, len(x)), x.clone(), None
-        if rule.weighs:
+        if rule.uses_change:
             changed = x.clone()
             self._apply(changed, x.new_ones(x.shape[0], x.shape[2], dtype=bool), event.layer)
             change = x - changed
@@ -128,10 +112,10 @@ class _DisruptListener(_EditListener):
         self._apply(x, mask, event.layer)
         site = event.step, event.branch, event.layer
         self.keep("mask", site, mask)
-        self.keep("amount", site, _amount(before, x))
+        self.keep("dose", site, _dose(before, x))
 
     def _apply(self, x: Tensor, mask: Tensor, layer: int) -> None:
-        """Change the selected channels of ``x`` in place, in the record's tokens."""
+        """Change the selected channels of ``x`` in place, in the edit's tokens."""
         if self.record.tokens is None:
             self._change(x, x, mask, layer)
         else:
@@ -140,7 +124,7 @@ class _DisruptListener(_EditListener):
             x[:, list(self.record.tokens)] = part
 
     def _change(self, part: Tensor, x: Tensor, mask: Tensor, layer: int) -> None:
-        """Change ``part``, the disrupted tokens of ``x``, in place; rules see all tokens."""
+        """Change ``part``, the disrupted tokens of ``x``, in place; selection rules see all tokens."""
         mode, chosen = self.record.mode, mask[:, None]
         if mode == "zero":
             part.masked_fill_(chosen, 0)
@@ -157,116 +141,42 @@ class _DisruptListener(_EditListener):
     def dataset(self) -> xr.Dataset:
         import xarray as xr
 
-        found = {name: self._assemble(name, dims) for name, dims in (("mask", ("channel",)), ("amount", ()))}
+        found = {name: self._assemble(name, dims) for name, dims in (("mask", ("channel",)), ("dose", ()))}
         return xr.Dataset({n: v for n, v in found.items() if v is not None})
 
 
 @dataclass(frozen=True, eq=False)
-class Pictures:
-    """Real pictures as the source of a transport. How a picture becomes activations is ours: the paper does not say.
-
-    Attributes:
-        images: uint8 (n, height, width, 3), of the size of the generation; one for all targets, or one a target.
-        prompts: what they show, one for all or one a picture; "" is allowed.
-        route: "noise": at every step the model reads ``(1 - sigma) * picture + sigma * noise`` with the target's own noise.
-            "inversion": it reads the point at sigma of the path that leads from the picture back to noise, found by Euler
-            steps of the same flow upwards, without guidance.
-    """
-
-    version: ClassVar[int] = 1
-
-    images: np.ndarray
-    prompts: tuple[str, ...] = ("",)
-    route: str = "noise"
-
-    def __post_init__(self) -> None:
-        prompts = (self.prompts,) if isinstance(self.prompts, str) else tuple(self.prompts)
-        object.__setattr__(self, "prompts", prompts)
-        check_pictures(self.images)
-        if len(prompts) not in (1, len(self.images)):
-            raise ValueError(
-                f"{len(self.images)} pictures but {len(prompts)} prompts were given; give one, or one a picture."
-            )
-        if self.route not in ROUTES:
-            raise ValueError(f"Route '{self.route}' is unknown; use {' or '.join(ROUTES)}.")
-
-
-@dataclass(frozen=True, eq=False)
-class Recorded:
-    """Selected channels of a source, recorded once: ``values`` (sample, step, branch, layer, token, rank), their ``ids``.
-
-    ``sigmas`` of all steps of its run and the fingerprint of its ``weights`` tell whether it fits another run.
-    """
-
-    version: ClassVar[int] = 1
-
-    values: np.ndarray
-    ids: np.ndarray
-    steps: tuple[int, ...]
-    branches: tuple[str, ...]
-    layers: tuple[int, ...]
-    sigmas: tuple[float, ...]
-    weights: str
-
-    @classmethod
-    def of(cls, source: Generation, rule: Rule, window: Window) -> Recorded:
-        """What ``HiddenStates(channels=rule)`` has recorded in a generation, at the stream and point of a window.
-
-        Raises:
-            ValueError: the generation holds no such record.
-        """
-        wanted, number = {"channels": describe(rule), "stream": window.stream, "point": window.point, "tokens": None}, 1
-        for item in source.provenance["call"]["record"]:
-            if item["type"] != "HiddenStates":
-                continue
-            if all(item[name] == value for name, value in wanted.items()):
-                break
-            number += 1
-        else:
-            raise ValueError(
-                f"The source holds no hidden states of {rule}; generate it with record=[HiddenStates(channels={rule})]."
-            )
-        data = getattr(source.records, name_of(HiddenStates()) + (f"_{number}" if number > 1 else ""))
-        places = (tuple(data[name].values.tolist()) for name in ("step", "branch", "layer"))
-        origin = tuple(source.provenance["sigmas"]), source.provenance["weights"]
-        return cls(data.value.values, data.channel_id.values, *places, *origin)
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-
-@dataclass(frozen=True, eq=False)
 class Transport(Window):
-    """Carry a source's activations into the target's: ``X_t <- X_t (1 - M) + X_s M`` (MAs-DiT, arXiv 2605.13974).
+    """Replace activations of the target by a source's: ``X_t <- X_t (1 - M) + X_s M`` (MAs-DiT, arXiv 2605.13974).
 
-    ``M = strength * p m^T`` with p the mask of tokens and m that of channels. By default at the output of every block, at
-    every step and in every branch; the fields of ``Window`` restrict it. What was chosen is recorded: ``mask`` (sample,
-    step, branch, layer, channel) and, where they are not all, ``tokens`` (sample, step, branch, layer, token); and the
-    ``amount`` that was changed, as by ``Disrupt``.
+    ``M = strength * p m^T`` with p the mask of tokens and m that of channels. By default at the output of every block,
+    at every step and in every branch; the fields of ``Window`` restrict it. Recorded are ``mask`` (sample, step, branch,
+    layer, channel), ``tokens`` (sample, step, branch, layer, token) where not all tokens are replaced, and the ``dose``,
+    as by ``Disrupt``.
 
-    Source and target travel in one batch, in step by construction, and share the target's noise. A ``Generation`` that has
-    recorded ``HiddenStates(channels=<the same rule>)`` is replayed instead: it costs nothing but the copying, and keeps its
-    own noise. Where the target's own scores or foreground are asked for, the undisturbed target travels along as well: after
-    the first transport the target's states hold the source's.
+    Source and target are batched together, so that they are at the same step, and share the target's noise. A
+    ``Generation`` with a record ``HiddenStates(channels=<the same rule>)`` is replayed instead: it costs only the
+    copying and keeps its own noise. Where the target's own scores or foreground are needed, the unedited target is
+    appended to the batch as well, because after the first transport the target's states contain the source's.
 
     Attributes:
-        channels: a rule such as ``TopK(8)``.
-        source: a prompt for all targets or one a target; ``Pictures``; or a ``Generation``.
-        mask: which tokens. None: all. "source" | "target" | "union": the foreground of these, by two-means at the very site
-            (the cluster that fills less of the border). Or numbers in [0, 1], (tokens,), (rows, columns), or one of these a
-            sample.
-        mask_channels: the rule in whose channels two-means is done; None for ``channels``.
-        whose: whose scores choose the channels: "source", "target", or "union" of both choices.
-        strength: from 0, which changes nothing, to 1, the paper's swap.
-        seeds: of the source's noise, one for all or one a target; None shares each target's.
+        channels: a selection rule such as ``TopK(8)``.
+        source: a prompt for all targets, or one for each; ``Images``; or a ``Generation``.
+        mask: which tokens. None: all. "source" | "target" | "union": their foreground by two-means at the same site (the
+            cluster that fills less of the border). Or numbers in [0, 1] of shape (tokens,) or (rows, columns), for all
+            samples or one for each.
+        mask_channels: selection rule of the channels for two-means; None for ``channels``.
+        select_on: the states whose scores select the channels: "source", "target", or "union" of both selections.
+        strength: from 0, which changes nothing, to 1, the paper's replacement.
+        seeds: of the source's noise, one for all targets or one for each; None shares each target's.
     """
 
     version: ClassVar[int] = 2
 
     channels: Rule
-    source: str | Sequence[str] | Pictures | Recorded | Generation
+    source: str | Sequence[str] | Images | Recorded | Generation
     mask: str | np.ndarray | None = None
-    whose: str = "source"
+    select_on: str = "source"
     strength: float = 1.0
     seeds: tuple[int, ...] | None = None
     mask_channels: Rule | None = None
@@ -274,58 +184,58 @@ class Transport(Window):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_rule(self)
-        if self.whose not in WHOSE:
-            raise ValueError(f"whose='{self.whose}' is unknown; use one of {', '.join(WHOSE)}.")
+        if self.select_on not in SELECT_ON:
+            raise ValueError(f"select_on='{self.select_on}' is unknown; use {', '.join(SELECT_ON)}.")
         _check_strength(self.strength)
-        if isinstance(self.mask, str) and self.mask not in WHOSE:
-            raise ValueError(f"mask='{self.mask}' is unknown; use one of {', '.join(WHOSE)}, None, or an array.")
+        if isinstance(self.mask, str) and self.mask not in SELECT_ON:
+            raise ValueError(f"mask='{self.mask}' is unknown; use {', '.join(SELECT_ON)}, None, or an array.")
         if isinstance(self.mask, str) and self.stream != "image":
-            raise ValueError(f"mask='{self.mask}' needs places in the picture; text tokens have none, so leave mask=None.")
+            raise ValueError(f"mask='{self.mask}' needs positions in the image; text tokens have none, so omit mask.")
         if self.mask is not None and not isinstance(self.mask, str):
             mask = np.asarray(self.mask, dtype=np.float32)
             object.__setattr__(self, "mask", mask)
             if not ((mask >= 0) & (mask <= 1)).all():
-                raise ValueError("The mask holds numbers outside [0, 1]; give booleans, or numbers from 0 to 1.")
+                raise ValueError("The mask contains numbers outside [0, 1]; give booleans, or numbers from 0 to 1.")
         if isinstance(self.seeds, int):
             object.__setattr__(self, "seeds", (self.seeds,))
         source = self.source
         if isinstance(source, Generation):
             source = Recorded.of(source, self.channels, self)
-        elif not isinstance(source, (Pictures, Recorded)):
+        elif not isinstance(source, (Images, Recorded)):
             source = (source,) if isinstance(source, str) else source
             if not isinstance(source, Sequence) or not all(isinstance(s, str) for s in source):
                 raise TypeError(
-                    f"source is {type(self.source).__name__}; give a prompt or a list of them, Pictures(...) around "
-                    "pictures, or a Generation."
+                    f"source is {type(self.source).__name__}; give a prompt or a list of them, Images(...) around "
+                    "images, or a Generation."
                 )
             source = tuple(source)
         object.__setattr__(self, "source", source)
         elsewhere = self.mask in ("source", "union") if isinstance(self.mask, str) else False
         if isinstance(source, Recorded) and (
-            self.whose != "source" or (elsewhere and self.mask_channels not in (None, self.channels))
+            self.select_on != "source" or (elsewhere and self.mask_channels not in (None, self.channels))
         ):
             raise ValueError(
-                "A recorded source holds the channels that its own rule chose, and no others; with whose= or mask_channels= "
-                "give a prompt or pictures."
+                "A recorded source contains only the channels that its own selection rule chose; with select_on= or "
+                "mask_channels= give a prompt or images."
             )
         if isinstance(source, Recorded) and self.seeds is not None:
-            raise ValueError("A recorded source has its own noise; leave seeds=None, or give a prompt or pictures.")
+            raise ValueError("A recorded source has its own noise; omit seeds, or give a prompt or images.")
 
     @property
-    def companions(self) -> tuple[str, ...]:
-        """Who travels with the target: the "source", unless it was recorded, and the undisturbed "target", where needed."""
+    def auxiliary(self) -> tuple[str, ...]:
+        """Auxiliary samples: the "source", unless it was recorded, and the unedited "target", where needed."""
         source = () if isinstance(self.source, Recorded) else ("source",)
-        asked = {self.whose, self.mask if isinstance(self.mask, str) else "source"}
+        asked = {self.select_on, self.mask if isinstance(self.mask, str) else "source"}
         return source if asked == {"source"} else (*source, "target")
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """Of a paired source."""
-        return self.source.prompts if isinstance(self.source, Pictures) else self.source
+        """Prompts of the auxiliary source."""
+        return self.source.prompts if isinstance(self.source, Images) else self.source
 
     def start(self, run: Run) -> _TransportListener:
-        """A listener that applies the edit and records what it selected."""
-        count = len(self.source.images) if isinstance(self.source, Pictures) else len(self.source)
+        """Return a listener that applies the edit and records what it selected."""
+        count = len(self.source.images) if isinstance(self.source, Images) else len(self.source)
         _check_number("sources", count, run)
         _check_number("source seeds", len(self.seeds or (0,)), run)
         if isinstance(self.source, Recorded) and len(self.source.sigmas) != run.steps:
@@ -337,19 +247,19 @@ class Transport(Window):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Interpolate(Window):
-    """Interpolate the prompt's embeddings between target and source, the plain baseline of a transport.
+    """Interpolate the prompt's embeddings between target and source: the plain baseline of a transport.
 
-    ``(1 - strength) * target + strength * source`` of everything that carries the prompt into the transformer. Where a model
-    masks the padding of its prompts, the tokens of both prompts are seen, even at strength 1.
+    ``(1 - strength) * target + strength * source`` of everything that carries the prompt into the transformer. Where a
+    model masks the padding of its prompts, the tokens of both prompts are visible, even at strength 1.
 
     Attributes:
-        source: a prompt for all targets, or one a target.
+        source: a prompt for all targets, or one for each.
         strength: from 0 (the target's prompt) to 1 (the source's).
     """
 
     version: ClassVar[int] = 1
     points: ClassVar[tuple[str, ...]] = ("prompt",)
-    companions: ClassVar[tuple[str, ...]] = ("source",)
+    auxiliary: ClassVar[tuple[str, ...]] = ("source",)
     seeds: ClassVar[None] = None
 
     source: str | Sequence[str]
@@ -365,17 +275,17 @@ class Interpolate(Window):
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """Of the source."""
+        """Prompts of the auxiliary source."""
         return self.source
 
     def start(self, run: Run) -> _InterpolateListener:
-        """A listener that applies the edit."""
+        """Return a listener that applies the edit."""
         _check_number("sources", len(self.source), run)
         return _InterpolateListener(self, run)
 
 
-def _amount(before: Tensor, after: Tensor) -> Tensor:
-    """Squared norm of the change of a token, mean over the tokens: (B, tokens, channels) twice -> (B,), float32."""
+def _dose(before: Tensor, after: Tensor) -> Tensor:
+    """Return the squared norm changed per token, mean over the tokens: (B, tokens, channels) twice -> (B,), float32."""
     return (after.float() - before.float()).square().sum(2).mean(1)
 
 
@@ -395,7 +305,7 @@ def _check_number(name: str, found: int, run: Run) -> None:
         raise ValueError(f"{found} {name} were given for {run.samples} prompts; give one for all, or one a prompt.")
 
 
-class _InterpolateListener(_Listener):
+class _InterpolateListener(BaseListener):
     writes = True
     record: Interpolate
 
@@ -404,16 +314,16 @@ class _InterpolateListener(_Listener):
         self.groups: dict[str, int] = {}
 
     def needs(self, step: int, branch: str) -> bool:
-        """Only the source's prompt is read, which is there before a call."""
+        """Return False: only the source's prompt is read, which is known before a call."""
         return False
 
-    def __call__(self, event: Event, x: Tensor, companions: dict[str, Tensor]) -> None:
+    def __call__(self, event: Event, x: Tensor, auxiliary: dict[str, Tensor]) -> None:
         if not self.record.covers(event) or not self.record.strength:
             return
         if event.gate.endswith("mask"):
-            x.copy_(x.maximum(companions["source"]))
+            x.copy_(x.maximum(auxiliary["source"]))
         else:
-            x.lerp_(companions["source"], self.record.strength)
+            x.lerp_(auxiliary["source"], self.record.strength)
 
     def dataset(self) -> xr.Dataset:
         import xarray as xr
@@ -426,56 +336,56 @@ class _TransportListener(_EditListener):
 
     def __init__(self, record: Transport, run: Run) -> None:
         super().__init__(record, run)
-        self.groups: dict[str, int] = {}  # which companions of the batch are "source" and "target"
+        self.groups: dict[str, int] = {}  # which auxiliary of the batch are "source" and "target"
         self._given: Tensor | None = None
 
     def needs(self, step: int, branch: str) -> bool:
-        """A prompt's source draws its own picture until it is last read; pictures are given anew at every step."""
-        if isinstance(self.record.source, Pictures) and "target" not in self.groups:
+        """Return whether a call needs the source: a prompt's is generated along, given images enter at every step."""
+        if isinstance(self.record.source, Images) and "target" not in self.groups:
             return self.record.reaches(step, branch)
         return self.record.steps is None or step <= max(self.record.steps)
 
-    def __call__(self, event: Event, x: Tensor, companions: dict[str, Tensor]) -> None:
+    def __call__(self, event: Event, x: Tensor, auxiliary: dict[str, Tensor]) -> None:
         if not self.record.covers(event):
             return
-        rule, whose, site = self.rule(event, len(x)), self.record.whose, (event.step, event.branch, event.layer)
-        if "source" in companions:
-            source, mask, values = companions["source"], None, None
+        rule, select_on, site = self.rule(event, len(x)), self.record.select_on, (event.step, event.branch, event.layer)
+        if "source" in auxiliary:
+            source, mask, values = auxiliary["source"], None, None
         else:
             source, mask, values = self._recorded(event, x)
-        tokens = self._tokens(event, x, {**companions, "source": source}, values)
+        tokens = self._tokens(event, x, {**auxiliary, "source": source}, values)
         if mask is None:
-            change = (source - x) * self.record.strength if rule.weighs else None
-            if rule.weighs and tokens is not None:
+            change = (source - x) * self.record.strength if rule.uses_change else None
+            if rule.uses_change and tokens is not None:
                 change = change * tokens[..., None]
-            masks = [rule.mask(s, event.layer, change) for name, s in companions.items() if whose in (name, "union")]
+            masks = [rule.mask(s, event.layer, change) for name, s in auxiliary.items() if select_on in (name, "union")]
             mask = masks[0] | masks[-1]
         weight = mask[:, None] if tokens is None else mask[:, None] * tokens[..., None]
         if self.record.strength == 1 and weight.dtype == mask.dtype:
             moved = source.where(weight, x)
         else:
             moved = x.lerp(source, (weight * self.record.strength).to(x.dtype))
-        self.keep("amount", site, _amount(x, moved))
+        self.keep("dose", site, _dose(x, moved))
         x.copy_(moved)
         self.keep("mask", site, mask)
         if tokens is not None:
             self.keep("tokens", site, tokens)
 
     def _tokens(self, event: Event, x: Tensor, states: dict[str, Tensor], values: Tensor | None) -> Tensor | None:
-        """The mask of tokens: None for all, boolean (B, tokens) by two-means, or the given numbers."""
+        """Return the mask of tokens: None for all, boolean (B, tokens) by two-means, or the given numbers."""
         wanted, rule = self.record.mask, self.record.mask_channels or self.record.channels
         if wanted is None:
             return None
         if not isinstance(wanted, str):
             return self._given_tokens(wanted, x)
-        from .spatial import figure_masks, min_max, subspace, token_grid
+        from .spatial import foreground_masks, min_max, subspace, token_grid
 
         grid, masks = token_grid(x.shape[1], *self.run.size), []
         for name in ("source", "target"):
             if wanted in (name, "union"):
                 replayed = name == "source" and values is not None
                 points = min_max(values) if replayed else subspace(states[name], rule, event.layer)[0]
-                masks.append(figure_masks(points, grid))
+                masks.append(foreground_masks(points, grid))
         return masks[0] | masks[-1]
 
     def _given_tokens(self, wanted: np.ndarray, x: Tensor) -> Tensor:
@@ -497,7 +407,7 @@ class _TransportListener(_EditListener):
         return self._given[self.rows(len(self._given), len(x))].expand(len(x), -1)
 
     def _recorded(self, event: Event, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The target with the source's channels put in, their mask, and their values (B, tokens, k)."""
+        """Return the target with the source's channels, their mask, and their values (B, tokens, k)."""
         import torch
 
         known = self.record.source
@@ -522,6 +432,6 @@ class _TransportListener(_EditListener):
     def dataset(self) -> xr.Dataset:
         import xarray as xr
 
-        axes = {"mask": ("channel",), "tokens": ("token",), "amount": ()}
+        axes = {"mask": ("channel",), "tokens": ("token",), "dose": ()}
         found = {name: self._assemble(name, dims) for name, dims in axes.items()}
         return xr.Dataset({n: v for n, v in found.items() if v is not None})

@@ -1,4 +1,4 @@
-"""What differs between diffusion transformers, as data. A new architecture is a new row here, not a branch elsewhere."""
+"""Differences between diffusion transformers, as data. A new architecture is a new row, not a branch elsewhere."""
 
 from __future__ import annotations
 
@@ -7,24 +7,35 @@ from typing import Any
 
 STREAMS = ("image", "text")
 BRANCHES = ("cond", "uncond")
+PRIVATE_NAMES = (
+    ("diffusers.DiffusionPipeline", "_execution_device"),
+    ("diffusers.FluxPipeline", "_pack_latents"),
+    ("diffusers.FluxPipeline", "_unpack_latents"),
+    ("diffusers.Flux2Pipeline", "_patchify_latents"),
+    ("diffusers.Flux2Pipeline", "_unpatchify_latents"),
+    ("torch._dynamo.eval_frame", "OptimizedModule"),
+    ("torch.nn.Module", "_compiled_call_impl"),
+)
+"""Every private name of other libraries that malib uses: the reason why diffusers and torch have upper bounds."""
 
 
 @dataclass(frozen=True)
 class Gate:
-    """One AdaLN gate of a block, found in one of three places.
+    """An AdaLN gate of a block.
+
+    With neither ``module`` nor ``argument``, row ``index`` of ``scale_shift_table + timestep`` is the gate, as in
+    PixArt.
 
     Attributes:
         name: "attention", "mlp" or "block" (one gate for both).
-        module: the submodule that yields it: at ``index`` of the tuple that it returns, or, with ``parts``, as one of so
-            many equal parts of the tensor that it returns.
-        index: which one.
-        stream: whose channels it gates.
-        parts: into how many equal parts the tensor is cut along the channels; -1 for the outputs of a linear layer that are
-            some multiple of its inputs.
-        argument: the block's argument that holds the tensor, where a stack of blocks shares its modulation.
-        tanh: whether the block passes the gate through tanh.
-
-    With neither ``module`` nor ``argument``, row ``index`` of ``scale_shift_table + timestep`` is the gate (the PixArt way).
+        module: the submodule that returns the gate: at ``index`` of the tuple that it returns, or, with ``parts``, as
+            one of the equal parts of the tensor that it returns.
+        index: position in the tuple, the parts or the table.
+        stream: stream whose channels the gate scales.
+        parts: number of equal parts of the tensor along the channels; -1 for a linear layer whose outputs are a multiple
+            of its inputs.
+        argument: the block's argument that contains the tensor, where a stack of blocks shares its modulation.
+        tanh: whether the block applies tanh to the gate.
     """
 
     name: str
@@ -44,11 +55,11 @@ class Stack:
         attribute: name of the ModuleList on the transformer.
         label: short name of its blocks ("double", "single", ...).
         returns: the streams in the order in which a block returns them; a block may return None for a stream.
-        arguments: for each stream that enters the block, its parameter name, in the order of the parameters.
+        arguments: for each stream that enters the block, the parameter's name, in the order of the parameters.
         gates: the AdaLN gates of a block.
-        modulation: "shift" and "scale" of its first LayerNorm of the image tokens, where correspondence can use them.
-        joined: how a block's one tensor holds both streams: "text first" or "image first" (what pads the image then counts
-            as text); None where each stream has a tensor of its own.
+        modulation: "shift" and "scale" of the first LayerNorm of the image tokens, where correspondence can use them.
+        joined: order of the streams where one tensor contains both: "text first" or "image first" (the padding of the
+            image then counts as text); None where each stream has its own tensor.
     """
 
     attribute: str
@@ -62,26 +73,26 @@ class Stack:
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture.
+    """An architecture.
 
     Attributes:
-        transformer: class name of the diffusers transformer; the key by which a pipeline finds its row.
+        transformer: class name of the diffusers transformer, by which a pipeline finds its row.
         stacks: block stacks in execution order.
-        passes: how true classifier-free guidance runs: "sequential" (one call a branch, in the order of ``order``) or
-            "batched" (one call, the batch being the concatenation of ``order``).
+        passes: how true classifier-free guidance runs: "sequential" (one call for each branch, in the order of
+            ``order``) or "batched" (one call on the concatenation of ``order``).
         order: the branches in that order.
         cfg_argument: the pipeline's argument for the classifier-free scale; None where there is no true guidance.
-        cfg_offset: added to the scale on the way to the pipeline, -1 where it computes cond + s (cond - uncond).
+        cfg_offset: added to the scale before the pipeline receives it, -1 where it computes cond + s (cond - uncond).
         rescales: whether the pipeline rescales the velocity after guidance.
         guidance_argument: the pipeline's argument for the embedded guidance value, if the architecture may have one.
         conditioning: the transformer's arguments that carry the prompt.
-        patch: latent pixels a side of a token; None where the transformer's config says so (``patch_size``).
+        patch: latent pixels per side of a token; None where the transformer's config says so (``patch_size``).
         latents: dtype in which the pipeline draws its noise; None for that of the weights.
-        pictures: how pictures can enter: "flow", in a rectified flow (``Renoised``, ``Pictures``); "ddpm", as a start alone
-            (``Renoised``); None, not at all here: the pipeline takes no sigmas (CogView4), or no latents (DiT).
-        packs_itself: whether the pipeline packs the latents that it is given, channels of 2 x 2 latent pixels as one token.
+        images: how images can enter: "flow", in a rectified flow (``Renoised``, ``Images``); "ddpm", as a start only
+            (``Renoised``); None, not at all: the pipeline takes no sigmas (CogView4), or no latents (DiT).
+        packs_itself: whether the pipeline packs given latents, channels of 2 x 2 latent pixels as one token.
         sequence_tokenizer: the tokenizer whose ``model_max_length`` is the length of the text stream, if it is variable.
-        classes: whether it draws ImageNet classes; prompts are then class names or numbers.
+        classes: whether the model generates ImageNet classes; prompts are then class names or numbers.
         pipeline: class name of the pipeline, where several share a transformer.
         call: further constant arguments of the pipeline.
     """
@@ -97,7 +108,7 @@ class Family:
     conditioning: tuple[str, ...] = ("encoder_hidden_states", "pooled_projections")
     patch: int | None = None
     latents: str | None = None
-    pictures: str | None = "flow"
+    images: str | None = "flow"
     packs_itself: bool = False
     sequence_tokenizer: str | None = None
     classes: bool = False
@@ -230,7 +241,7 @@ FAMILIES = (
         order=("uncond", "cond"),
         cfg_argument="guidance_scale",
         conditioning=("encoder_hidden_states", "encoder_attention_mask"),
-        pictures="ddpm",
+        images="ddpm",
         call={"use_resolution_binning": False, "clean_caption": False},
     ),
     Family(
@@ -240,7 +251,7 @@ FAMILIES = (
         order=("cond", "uncond"),
         cfg_argument="guidance_scale",
         conditioning=(),
-        pictures=None,
+        images=None,
         classes=True,
     ),
     Family(
@@ -282,7 +293,7 @@ FAMILIES = (
         cfg_argument="guidance_scale",
         conditioning=("encoder_hidden_states",),
         latents="float32",
-        pictures=None,
+        images=None,
     ),
     Family(
         "ZImageTransformer2DModel",
@@ -302,10 +313,10 @@ FAMILIES = (
 
 
 def family_of(pipeline: Any) -> Family:
-    """The row of a pipeline.
+    """Return the row of a pipeline.
 
     Raises:
-        ValueError: the pipeline has no transformer, or one of an architecture without a row.
+        ValueError: no row fits the pipeline.
     """
     if getattr(pipeline, "transformer", None) is None:
         raise ValueError(f"{type(pipeline).__name__} has no transformer; malib studies diffusion transformers.")

@@ -1,7 +1,7 @@
 """The figure registry and its runner: ``python -m malib.figures`` runs the notebooks and fills ``figures/``.
 
-One notebook, one kernel process. A figure is its numbers: every png and pdf has a json with what it shows and where that
-came from.
+One notebook, one kernel process. A figure is its numbers: every png and pdf has a json with what it shows and its
+provenance.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ if TYPE_CHECKING:
 
 TIERS = {"preview": "preview", "full": "paper"}
 _BF16 = {"dtype": "bfloat16"}
-"""In which large models run, too; on a CPU that multiplies in it a picture takes a third of the time."""
+"""The dtype of large models; on a CPU with bfloat16 arithmetic an image takes a third of the time."""
 
 
 @dataclass(frozen=True)
 class Notebook:
-    """A notebook, the figures it draws, its parameters by tier, and whether it ends with a table of verdicts."""
+    """A notebook, its figures, its parameters by tier, and whether it ends with a table of verdicts."""
 
     name: str
     figures: tuple[str, ...]
     tiers: dict[str, dict[str, Any]]
-    judges: bool = True
+    has_claims: bool = True
 
     def files(self, figure: str) -> list[str]:
-        """File names of a figure: png, pdf and json."""
+        """Return the file names of a figure: png, pdf and json."""
         return [f"{self.name[:2]}_{figure}.{kind}" for kind in ("png", "pdf", "json")]
 
     @property
     def claims(self) -> list[str]:
         """File names of its table of verdicts: one, or none."""
-        return [f"{self.name[:2]}_claims.json"] if self.judges else []
+        return [f"{self.name[:2]}_claims.json"] if self.has_claims else []
 
 
 NOTEBOOKS = (
@@ -133,17 +133,17 @@ NOTEBOOKS = (
             "preview": {"prompts": 5, "pairs": 6, "steps": 6, "ensemble": 2, "ks": [2, 8, 32], "draws": 1},
             "full": {**_BF16, "prompts": 32, "pairs": 48, "steps": 20, "ensemble": 8, "ks": [2, 8, 32], "draws": 3},
         },
-        judges=False,  # its verdicts are a figure
+        has_claims=False,  # its verdicts are a figure
     ),
 )
 
 
 class RunError(Exception):
-    """Something asked for does not exist; the message is one sentence."""
+    """Something that was requested does not exist; the message is one sentence."""
 
 
 def notebook_folder() -> Path:
-    """Where the notebooks lie: inside an installed package, or beside it in a checkout."""
+    """Return the folder of the notebooks: inside an installed package, or beside it in a checkout."""
     inside = Path(__file__).parent / "notebooks"
     return inside if inside.exists() else Path(__file__).parent.parent / "notebooks"
 
@@ -151,14 +151,15 @@ def notebook_folder() -> Path:
 def save(
     figure: Figure, data: xr.Dataset, name: str, folder: str | Path, provenance: Mapping[str, Any], **parameters: Any
 ) -> Figure:
-    """Write ``<name>.png``, ``.pdf`` and ``.json`` and give the figure back.
+    """Write ``<name>.png``, ``.pdf`` and ``.json``, and return the figure.
 
     Args:
         figure: a matplotlib figure.
-        data: the numbers it shows; ``data.attrs["n"]`` says of how many samples. Pictures (uint8) are stored by their hash.
-        name: e.g. "01_channels".
-        folder: where to; "" writes nothing, which is how a notebook behaves when a person runs it.
-        provenance: that of the generation behind the numbers (model, weights, device, dtype, versions, call).
+        data: the numbers it shows; ``data.attrs["n"]`` is the number of samples. Images (uint8) are stored by their
+            hash.
+        name: for example "01_channels".
+        folder: where to write; "" writes nothing, as in an interactive notebook.
+        provenance: of the generation behind the numbers (model, weights, device, dtype, versions, call).
         parameters: the notebook's parameters.
     """
     if not folder:
@@ -167,7 +168,7 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
     figure.savefig(folder / f"{name}.pdf", bbox_inches="tight", metadata={"CreationDate": None})
-    pictures = {k: hashlib.sha256(v.values.tobytes()).hexdigest() for k, v in data.data_vars.items() if v.dtype == np.uint8}
+    hashes = {k: hashlib.sha256(v.values.tobytes()).hexdigest() for k, v in data.data_vars.items() if v.dtype == np.uint8}
     origin = {k: v for k, v in provenance.items() if k != "call"}
     call = {k: v for k, v in provenance.get("call", {}).items() if k in ("steps", "cfg", "guidance", "size", "seeds")}
     document = {
@@ -176,15 +177,23 @@ def save(
         "parameters": parameters,
         **origin,
         **call,
-        "pictures": pictures,
-        "numbers": _rounded(data.drop_vars(list(pictures)).to_dict()),
+        "pictures": hashes,
+        "numbers": _rounded(data.drop_vars(list(hashes)).to_dict()),
     }
     (folder / f"{name}.json").write_text(json.dumps(document) + "\n")
     return figure
 
 
 def save_claims(table: Styler, name: str, folder: str | Path, provenance: Mapping[str, Any], **parameters: Any) -> Styler:
-    """Write a table of verdicts (``metrics.verdicts``) as ``<name>.json`` and give it back; arguments as for ``save``."""
+    """Write a table of verdicts as ``<name>.json``, and return it.
+
+    Args:
+        table: from ``analysis.verdicts``.
+        name: for example "01_claims".
+        folder: where to write; "" writes nothing.
+        provenance: as for ``save``.
+        parameters: the notebook's parameters.
+    """
     if folder:
         origin = {k: v for k, v in provenance.items() if k != "call"}
         document = {"parameters": parameters, **origin, "claims": table.data.to_dict("records")}
@@ -194,7 +203,7 @@ def save_claims(table: Styler, name: str, folder: str | Path, provenance: Mappin
 
 
 def _rounded(value: Any) -> Any:
-    """Numbers to five significant digits; NaN as null, for JSON has none."""
+    """Round numbers to five significant digits; NaN becomes null, because JSON has none."""
     if isinstance(value, dict):
         return {str(k): _rounded(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -205,7 +214,7 @@ def _rounded(value: Any) -> Any:
 
 
 def select(only: list[str] | None) -> list[Notebook]:
-    """The notebooks that draw what ``only`` names: notebooks ("01_discovery", "01") or figures ("channels", "01_channels").
+    """Return the notebooks of some names: notebooks ("01_discovery", "01") or figures ("channels", "01_channels").
 
     Raises:
         RunError: a name that is neither.
@@ -223,13 +232,18 @@ def select(only: list[str] | None) -> list[Notebook]:
 
 
 def _names(notebook: Notebook) -> list[str]:
-    """All names by which a notebook may be asked for."""
+    """Return all names of a notebook and its figures."""
     number = notebook.name[:2]
     return [notebook.name, number, *notebook.figures, *(f"{number}_{figure}" for figure in notebook.figures)]
 
 
 def parameters_for(notebook: Notebook, tier: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The notebook's parameters: those of the tier, then the preset of a known model, then those given.
+    """Return a notebook's parameters: those of the tier, then the preset of a known model, then those given.
+
+    Args:
+        notebook: the notebook.
+        tier: "preview" or "full".
+        given: parameters from the command line.
 
     Raises:
         RunError: a parameter that the notebook does not have (papermill itself would only log it).
@@ -238,7 +252,7 @@ def parameters_for(notebook: Notebook, tier: str, given: dict[str, Any]) -> dict
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
     known = papermill.inspect_notebook(str(notebook_folder() / f"{notebook.name}.ipynb"))
-    from .dit import preset_of
+    from .presets import preset_of
 
     preset = {name: value for name, value in preset_of(given.get("model", "")).items() if name in known}
     wanted = {**notebook.tiers[tier], **preset, **given}
@@ -255,22 +269,28 @@ def check_model(model: str) -> None:
     """Refuse a model that is neither bundled, nor a short name, nor a folder, nor of the form of a hub id.
 
     Raises:
-        RunError: with the mend.
+        RunError: with what to give instead.
     """
-    from .dit import BUNDLED, preset_of
+    from .presets import BUNDLED, preset_of
 
     path = Path(model)
     if model == BUNDLED or preset_of(model) or (path / "model_index.json").is_file():
         return
     if path.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise RunError(
-            f"'{model}' is no model: give '{BUNDLED}', a short name of data/models.yaml, a folder with a model_index.json, "
+            f"'{model}' is not a model; give '{BUNDLED}', a short name of data/models.yaml, a folder with model_index.json, "
             "or a hub id like owner/name."
         )
 
 
 def run(notebook: Notebook, parameters: dict[str, Any], folder: Path, force: bool = False) -> dict[str, Any]:
     """Run one notebook through papermill.
+
+    Args:
+        notebook: the notebook.
+        parameters: its parameters.
+        folder: where its figures go.
+        force: run it even if nothing changed.
 
     Returns:
         A row for the summary: notebook, status ("drawn", "unchanged" or "failed"), seconds, error.
@@ -300,7 +320,7 @@ def run(notebook: Notebook, parameters: dict[str, Any], folder: Path, force: boo
         )
         missing = [p.name for p in outputs if not p.exists() or p.stat().st_mtime < started]
         if missing:
-            raise RuntimeError(f"{notebook.name} ended without drawing {', '.join(missing)}.")
+            raise RuntimeError(f"{notebook.name} ended without the files {', '.join(missing)}.")
         stamp_path.write_text(stamp)
         row["status"] = "drawn"
     except papermill.PapermillExecutionError as error:
@@ -311,37 +331,42 @@ def run(notebook: Notebook, parameters: dict[str, Any], folder: Path, force: boo
 
 
 def _stamp(notebook: Path, parameters: dict[str, Any]) -> str:
-    """A hash of all that a notebook's figures depend on: its source, the library, the data, the parameters."""
-    from .dit import BUNDLED, data_folder
+    """Return a hash of all that a notebook's figures depend on: its source, the library, the data, the parameters."""
+    from .presets import BUNDLED, data_folder
 
     digest = hashlib.sha256(json.dumps(parameters, sort_keys=True, default=str).encode())
-    files = [notebook, *sorted(Path(__file__).parent.glob("*.py"))]
+    files = [notebook, *sorted(Path(__file__).parent.rglob("*.py"))]
     files += sorted(p for p in data_folder().rglob("*") if p.is_file())
     files += [Path(parameters["reference"])] if parameters.get("reference") else []
     for path in files:
         digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
     for folder in (Path(parameters.get("model", BUNDLED)), *_folders(parameters.get("baselines"))):
-        for path in sorted(folder.rglob("*")) if folder.is_dir() else ():  # weights of gigabytes: not read, only looked at
+        for path in sorted(folder.rglob("*")) if folder.is_dir() else ():  # gigabytes of weights: size and time only
             digest.update(repr((path.name, path.stat().st_size, path.stat().st_mtime_ns)).encode())
     return digest.hexdigest()
 
 
 def _resolved(value: Any) -> Any:
-    """The same with every path that exists made absolute: a notebook runs in a folder of its own."""
+    """Make every existing path absolute: a notebook runs in a folder of its own."""
     if isinstance(value, dict):
         return {name: _resolved(part) for name, part in value.items()}
     return str(Path(value).resolve()) if isinstance(value, str) and value and Path(value).exists() else value
 
 
 def _folders(value: Any) -> list[Path]:
-    """The folders that a parameter names."""
+    """Return the folders that a parameter names."""
     if isinstance(value, dict):
         return [folder for part in value.values() for folder in _folders(part)]
     return [Path(value)] if isinstance(value, str) and Path(value).is_absolute() else []
 
 
 def summary(rows: list[dict[str, Any]], folder: Path) -> str:
-    """The closing tables: figure, n, seconds of its notebook, status; claim, what was measured, verdict."""
+    """Return the closing tables: figure, n, seconds of its notebook, status; claim, measured number, verdict.
+
+    Args:
+        rows: from ``run``.
+        folder: where the figures are.
+    """
     green, red, plain = ("\033[32m", "\033[31m", "\033[0m") if sys.stdout.isatty() else ("", "", "")
     lines = [f"{'figure':<24} {'n':>7} {'seconds':>8}  status"]
     for row in rows:
@@ -355,15 +380,15 @@ def summary(rows: list[dict[str, Any]], folder: Path) -> str:
             count = "-" if n is None else n
             lines.append(f"{name:<24} {count:>7} {row['seconds']:>8.1f}  {colour}{row['status']}{plain}")
     done = [name for row in rows if row["status"] != "failed" for name in row["notebook"].claims]
-    judged = [claim for name in done for claim in json.loads((folder / name).read_text())["claims"]]
-    lines += ["", f"{'claim':<32} {'measured':<38} verdict"] if judged else []
-    lines += [f"{claim['claim']:<32} {claim['measured']:<38} {claim['verdict']}" for claim in judged]
+    claims = [claim for name in done for claim in json.loads((folder / name).read_text())["claims"]]
+    lines += ["", f"{'claim':<32} {'measured':<38} verdict"] if claims else []
+    lines += [f"{claim['claim']:<32} {claim['measured']:<38} {claim['verdict']}" for claim in claims]
     lines += [row["error"] for row in rows if row["error"]]
     return "\n".join([*lines, f"Figures are in {folder}"])
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; 0 when all is drawn, 1 when a notebook failed, 2 when something asked for does not exist."""
+    """Run the command line; 0 when all figures exist, 1 when a notebook failed, 2 for an unknown name or model."""
     parser = argparse.ArgumentParser(prog="python -m malib.figures", description="Run the notebooks, fill figures/.")
     parser.add_argument("--tier", choices=TIERS, default="preview", help="preview: minutes; full: the paper's figures")
     parser.add_argument("--list", action="store_true", help="list the figures and stop")
@@ -395,8 +420,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _default_folder(tier: str, model: str | None) -> Path:
-    """figures/preview or figures/paper for the bundled model; another model's figures get a folder of their own."""
-    from .dit import BUNDLED
+    """Return figures/preview or figures/paper for the bundled model, another model's own folder otherwise."""
+    from .presets import BUNDLED
 
     folder = Path("figures")
     if model and model != BUNDLED:
@@ -411,10 +436,10 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     for item in args.parameter:
         name, equals, value = item.partition("=")
         if not equals:
-            raise RunError(f"'{item}' is no parameter; write it as NAME=VALUE.")
+            raise RunError(f"'{item}' is not a parameter; write it as NAME=VALUE.")
         given[name] = yaml.safe_load(value)
-    if (picture := given.get("reference")) and not Path(picture).is_file():
-        raise RunError(f"There is no picture '{picture}'; give the path of a PNG or JPEG.")
+    if (path := given.get("reference")) and not Path(path).is_file():
+        raise RunError(f"There is no image '{path}'; give the path of a PNG or JPEG.")
     for name in ("reference", "baselines"):
         if name in given:
             given[name] = _resolved(given[name])

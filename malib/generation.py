@@ -1,12 +1,9 @@
-"""What a call of ``generate`` gives: images, records and where they came from; how it shows itself and how it is stored."""
+"""The result of a call of ``generate``: images, records and provenance, their display and their storage format."""
 
 from __future__ import annotations
 
 import html
-import struct
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,60 +13,26 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def check_pictures(images: np.ndarray) -> None:
-    """Refuse what is no stack of pictures, uint8 (B, H, W, 3)."""
+def check_images(images: np.ndarray) -> None:
+    """Raise TypeError or ValueError unless ``images`` is an array of images, uint8 (B, H, W, 3)."""
     if not isinstance(images, np.ndarray):
-        raise TypeError(f"Pictures must be an array, uint8 (B, H, W, 3), not {type(images).__name__}; see open_picture.")
+        raise TypeError(
+            f"Images must be an array, uint8 (B, H, W, 3), not {type(images).__name__}; see viz.images.open_image."
+        )
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise ValueError(f"Pictures must be uint8 (B, H, W, 3), not {images.dtype} {images.shape}.")
-
-
-def open_picture(source: str | Path | bytes, size: tuple[int, int]) -> np.ndarray:
-    """A picture file as an array: turned as its EXIF says, on white where it is transparent, cropped to the middle.
-
-    Args:
-        source: path of a PNG, JPEG, WebP, ... or its bytes, as an upload widget gives them.
-        size: (height, width) in pixels that is wanted.
-
-    Returns:
-        uint8 (1, height, width, 3).
-
-    Raises:
-        ValueError: there is no such file, or it is no picture.
-    """
-    import io
-
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    name = "The picture" if isinstance(source, bytes) else f"'{source}'"
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
-            opened.load()
-            with suppress(struct.error, ValueError, SyntaxError):  # a broken EXIF says nothing; the picture is whole
-                ImageOps.exif_transpose(opened, in_place=True)
-            turned = opened.convert("RGBA")
-    except (OSError, SyntaxError, ValueError, struct.error, EOFError, Image.DecompressionBombError) as error:
-        told = "not a known format" if isinstance(error, UnidentifiedImageError) else str(error)
-        reason = (told.splitlines() or [type(error).__name__])[0][:120]
-        raise ValueError(
-            f"{name} could not be read as a picture ({reason}); give a whole PNG, JPEG or WebP file."
-        ) from error
-    white = Image.new("RGBA", turned.size, "white")
-    white.alpha_composite(turned)
-    fitted = ImageOps.fit(white.convert("RGB"), (size[1], size[0]), Image.Resampling.LANCZOS)
-    return np.asarray(fitted, dtype=np.uint8)[None].copy()
+        raise ValueError(f"Images must be uint8 (B, H, W, 3), not {images.dtype} {images.shape}.")
 
 
 @dataclass(frozen=True, eq=False)
 class Renoised:
-    """Where a generation begins: given pictures under noise, ``(1 - sigma) * latents + sigma * noise``.
+    """Start of a generation: given images at a noise level, ``(1 - sigma) * latents + sigma * noise``.
 
-    A model trained as DDPM (PixArt) reads ``sqrt(1 - sigma²) * latents + sigma * noise`` instead, at its nearest timestep.
-    With one step the model reads the pictures at exactly this sigma, and the image is its one-step guess at them (rectified
-    flow). The noise is that of the sample's seed, the same as in a plain generation.
+    A model trained as DDPM (PixArt) reads ``sqrt(1 - sigma²) * latents + sigma * noise`` instead, at its nearest
+    timestep. With one step the model reads the images at exactly this sigma, and the result is its one-step estimate of
+    them (rectified flow). The noise is that of the sample's seed, the same as in a plain generation.
 
     Attributes:
-        images: uint8 (samples, height, width, 3), one a prompt.
+        images: uint8 (samples, height, width, 3), one for each prompt.
         sigma: noise level, above 0 and at most 1; the steps of the call lead from here to 0, evenly in sigma (DDPM: in
             timesteps).
     """
@@ -79,21 +42,21 @@ class Renoised:
     sigma: float
 
     def __post_init__(self) -> None:
-        check_pictures(self.images)
+        check_images(self.images)
         if not 0 < self.sigma <= 1:
             raise ValueError(f"sigma is {self.sigma}; it must be above 0 and at most 1.")
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What one call of ``generate`` gave.
+    """The result of one call of ``generate``.
 
     Attributes:
         images: uint8 (samples, height, width, 3).
-        latents: the final latents as the pipeline holds them, float32 (samples, ...).
-        records: one ``xarray.Dataset`` for each record and edit, under its snake_case name (``channel_stats``, ``disrupt``);
-            the second of a kind is ``channel_stats_2``.
-        provenance: the call, key, weights' fingerprint, sigmas, versions, device and dtype.
+        latents: the final latents in the pipeline's layout, float32 (samples, ...).
+        records: one ``xarray.Dataset`` for each record and edit, under its snake_case name (``channel_stats``,
+            ``disrupt``); the second of a kind is ``channel_stats_2``.
+        provenance: the call, key, fingerprint of the weights, sigmas, versions, device and dtype.
     """
 
     images: np.ndarray
@@ -103,17 +66,17 @@ class Generation:
 
     @property
     def prompts(self) -> list[str]:
-        """One prompt a sample."""
+        """One prompt for each sample."""
         return self.provenance["call"]["prompts"]
 
     @property
     def seeds(self) -> list[int]:
-        """One seed a sample."""
+        """One seed for each sample."""
         return self.provenance["call"]["seeds"]
 
     @property
     def pil(self) -> list[Image]:
-        """The images for PIL."""
+        """The images as PIL images."""
         from PIL import Image
 
         return [Image.fromarray(image) for image in self.images]
@@ -143,10 +106,11 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         left, rows = "text-align:left;vertical-align:bottom;max-width:24em;white-space:normal", []
-        told = [_in_words(g) for g in self.columns]
-        several = len({tuple(g.prompts) for g, words in zip(self.columns, told, strict=True) if not words}) > 1
-        named = [w or (", ".join(g.prompts) if several else "undisturbed") for g, w in zip(self.columns, told, strict=True)]
-        heads = "".join(f'<th style="{left}">{html.escape(name)}</th>' for name in named)
+        summaries = [_summary(g) for g in self.columns]
+        several = len({tuple(g.prompts) for g, words in zip(self.columns, summaries, strict=True) if not words}) > 1
+        plain = [", ".join(g.prompts) if several else "unedited" for g in self.columns]
+        labels = [w or p for w, p in zip(summaries, plain, strict=True)]
+        heads = "".join(f'<th style="{left}">{html.escape(name)}</th>' for name in labels)
         for i in range(max(len(g) for g in self.columns)):
             cells = (
                 f'<td style="{left}"><img style="{_sized(g)}" title="{html.escape(g.prompts[i])}, seed {g.seeds[i]}" '
@@ -160,7 +124,7 @@ class Comparison:
 
 
 def flatten(result: Generation) -> tuple[dict[str, np.ndarray], dict]:
-    """A generation as named arrays and a JSON document, for the store."""
+    """Convert a generation to named arrays and a JSON document, for the store."""
     arrays, layout = {"images": result.images, "latents": result.latents}, {}
     for name, data in vars(result.records).items():
         layout[name] = {"variables": {}, "coords": {}}
@@ -176,7 +140,7 @@ def flatten(result: Generation) -> tuple[dict[str, np.ndarray], dict]:
 
 
 def restore(arrays: dict[str, np.ndarray], document: dict) -> Generation:
-    """What ``flatten`` gave, as a generation."""
+    """Build a generation from the ``arrays`` and the ``document`` that ``flatten`` returned."""
     import xarray as xr
 
     records = {}
@@ -192,16 +156,16 @@ def restore(arrays: dict[str, np.ndarray], document: dict) -> Generation:
     return Generation(arrays["images"], arrays["latents"], SimpleNamespace(**records), document["provenance"])
 
 
-def _in_words(generation: Generation) -> str:
+def _summary(generation: Generation) -> str:
     """The edits of a generation in a few words, without the fields that say "everywhere"; "" where there are none."""
-    plain = {"mode": "zero", "factor": 0.0, "seed": 0, "whose": "source", "strength": 1.0}
+    plain = {"mode": "zero", "factor": 0.0, "seed": 0, "select_on": "source", "strength": 1.0}
     silent = ("type", "version", "stream", "point", "kind")
 
     def words(value: Any) -> str:
         if isinstance(value, dict) and "array" in value:
             return "x".join(map(str, value["shape"]))
-        if isinstance(value, dict) and value.get("type") in ("Pictures", "Recorded"):
-            return {"Pictures": "pictures", "Recorded": "recorded"}[value["type"]]
+        if isinstance(value, dict) and value.get("type") in ("Images", "Recorded"):
+            return {"Images": "images", "Recorded": "recorded"}[value["type"]]
         if isinstance(value, dict):
             unused = {"factor": value.get("mode") != "scale"}
             said = [
@@ -232,7 +196,7 @@ def _inline(image: np.ndarray) -> str:
 
 
 def png(image: np.ndarray) -> bytes:
-    """A picture, uint8 (H, W, 3), as the bytes of a PNG file."""
+    """Encode an image, uint8 (H, W, 3), as a PNG file."""
     import io
 
     from PIL import Image

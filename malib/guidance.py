@@ -1,23 +1,22 @@
-"""Guidance away from a degraded model: Detail Guidance (arXiv 2510.11538), and skipping a layer as its neighbour.
+"""Guidance away from a degraded model: Detail Guidance (arXiv 2510.11538) and skip-layer guidance.
 
-With the usual scale s of classifier-free guidance and lambda = s - 1, the velocity of a step is
-``D(c) + lambda * (D(c) - D(null)) + w * (D(c) - D_m(c))``, D_m being the model degraded at layer m. The degraded samples
-travel in one batch with their originals as companions, so that both read the same latents at every step; calls that are
-not guided go without them. The last term is added to D(c) before the pipeline combines the branches. A pipeline that
-rescales after guidance (Qwen-Image) rescales this term, too, so that there the formula holds up to a factor for each token.
+With the usual scale s of classifier-free guidance and lambda = s - 1, the velocity of a step is ``D(c) + lambda * (D(c)
+- D(null)) + w * (D(c) - D_m(c))``, with D_m the model degraded at layer m. The degraded samples are auxiliary samples of
+the same batch, so that both read the same latents at every step; calls without guidance omit them. The last term is
+added to D(c) before the pipeline combines the branches. A pipeline that rescales after guidance (Qwen-Image) also
+rescales this term, so that the formula is then exact up to a factor for each token.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from . import edits
-from .channels import Rule, TopK
 from .edits import Disrupt, _DisruptListener
-from .records import Run, Window, _Listener
+from .rules import Rule, TopK
+from .window import BaseListener, Run, Window
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -28,10 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Guide(Window):
-    """Acts on the velocity of the cond branch; its companions are the targets once more, degraded at one layer."""
+    """Change the velocity of the cond branch; the auxiliary samples are the targets, degraded at one layer."""
 
     points: ClassVar[tuple[str, ...]] = ("velocity",)
-    companions: ClassVar[tuple[str, ...]] = ("degraded",)
+    auxiliary: ClassVar[tuple[str, ...]] = ("degraded",)
 
     w: float
     layer: int
@@ -43,7 +42,7 @@ class _Guide(Window):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.layer, (int, np.integer)):
-            raise TypeError(f"layer is {self.layer!r}; give the number of one block.")
+            raise TypeError(f"layer is {self.layer!r}; give the number of one block, such as 2.")
         object.__setattr__(self, "layer", int(self.layer))
 
 
@@ -51,15 +50,15 @@ class _Guide(Window):
 class DetailGuidance(_Guide):
     """Guide away from the model whose massive channels are disrupted at one layer; ``DiT.generate(..., guide=...)``.
 
-    Recorded are the selection, ``mask`` (sample, step, branch, layer, channel), the ``amount`` taken from the degraded
-    model, as by ``Disrupt``, and the ``push`` (sample, step, branch, layer): the mean square of ``w (D(c) - D_m(c))``. The
-    controls are other rules and modes.
+    Recorded are the selection, ``mask`` (sample, step, branch, layer, channel), the ``dose`` in the degraded model, as
+    by ``Disrupt``, and the ``push`` (sample, step, branch, layer): the mean square of ``w (D(c) - D_m(c))``. The
+    controls are other selection rules and modes.
 
     Attributes:
         w: weight of the term; 0 is plain generation, bit for bit.
         layer: m, counted over all block stacks; its output is disrupted in all image tokens.
-        rule: which channels; the massive ones by default.
-        mode: what becomes of them, see ``Disrupt``.
+        rule: selection rule of the disrupted channels; the massive ones by default.
+        mode: what replaces them, see ``Disrupt``.
         seed: of mode "rotate".
     """
 
@@ -71,18 +70,18 @@ class DetailGuidance(_Guide):
 
     @property
     def degradation(self) -> Disrupt:
-        """The disruption that makes D_m of D."""
+        """The disruption that turns D into D_m."""
         window = {"layers": self.layer, "steps": self.steps, "branches": self.branches}
         return Disrupt(self.rule, mode=self.mode, seed=self.seed, **window)
 
     def start(self, run: Run) -> _DetailListener:
-        """A listener that applies the guidance and records what was disrupted."""
+        """Return a listener that applies the guidance and records what was disrupted."""
         return _DetailListener(self, run)
 
 
 @dataclass(frozen=True)
 class SkipLayerGuidance(_Guide):
-    """Guide away from the model that lacks one block; ``DiT.generate(..., guide=...)``. Recorded is the ``push``.
+    """Guide away from the model without one block; ``DiT.generate(..., guide=...)``. Recorded is the ``push``.
 
     Attributes:
         w: weight of the term; 0 is plain generation, bit for bit.
@@ -92,32 +91,13 @@ class SkipLayerGuidance(_Guide):
     version: ClassVar[int] = 2
 
     def start(self, run: Run) -> _SkipListener:
-        """A listener that applies the guidance."""
+        """Return a listener that applies the guidance."""
         Disrupt(TopK(1), layers=self.layer).check(len(run.blocks), run.steps)
         return _SkipListener(self, run)
 
 
-def controls(w: float, layer: int, k: int, draws: int = 1, **window: Any) -> dict[str, list[DetailGuidance]]:
-    """Detail Guidance and all that it must be held against, as lists of guides by name.
-
-    Args:
-        w: the weight of all of them.
-        layer: the layer that is degraded.
-        k: number of massive channels.
-        draws: how many random draws of each control that has some; average over them.
-        window: ``steps``, if not all.
-
-    Returns:
-        Those of ``edits.controls``, each as the degradation.
-    """
-    return {
-        name: [DetailGuidance(w, layer, edit.channels, edit.mode, edit.seed, **window) for (edit,) in variants]
-        for name, variants in edits.controls(k, draws).items()
-    }
-
-
-class _GuidanceListener(_Listener):
-    """Adds w (D(c) - D_m(c)) to the velocity and keeps the degraded companions on their originals' path."""
+class _GuidanceListener(BaseListener):
+    """Add w (D(c) - D_m(c)) to the velocity, and keep the degraded samples on the path of their primary samples."""
 
     writes = True
     record: _Guide
@@ -130,11 +110,11 @@ class _GuidanceListener(_Listener):
         return point == "velocity"
 
     def needs(self, step: int, branch: str) -> bool:
-        """The degraded model is asked in guided calls alone; elsewhere it would give what the model gives."""
+        """Return whether a call is guided; elsewhere the degraded model equals the model."""
         return self.record.reaches(step, branch)
 
-    def __call__(self, event: Event, x: Tensor, companions: dict[str, Tensor]) -> None:
-        degraded = companions["degraded"]
+    def __call__(self, event: Event, x: Tensor, auxiliary: dict[str, Tensor]) -> None:
+        degraded = auxiliary["degraded"]
         if event.point != "velocity":
             self.degrade(event, degraded)
             return
@@ -145,7 +125,7 @@ class _GuidanceListener(_Listener):
         degraded.copy_(x)
 
     def degrade(self, event: Event, x: Tensor) -> None:
-        """Make D_m of D at an event inside the transformer."""
+        """Turn D into D_m at an event inside of the transformer."""
         raise NotImplementedError
 
     def dataset(self) -> xr.Dataset:

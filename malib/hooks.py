@@ -1,8 +1,7 @@
-"""The only room that touches torch hooks. It turns module calls into events and leaves the model as it found it.
+"""Register PyTorch hooks on a diffusers transformer and report each tensor with its step, guidance branch, layer and stream.
 
-An event says where a tensor was seen: denoising step, guidance branch, layer (index over all block stacks in execution
-order), stream and point. Steps are counted by the scheduler's own ``step``; branches come from ``cache_context`` where the
-pipeline names them, otherwise from the family's row; a batched call is cut into its branches.
+The scheduler's own ``step`` counts the steps. The branch comes from ``cache_context`` where the pipeline names it, otherwise
+from the family's row; a batched call is split into its branches. All hooks are removed on exit.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from .families import BRANCHES, Family, Gate, Stack
 
 @dataclass(frozen=True)
 class Block:
-    """One transformer block: ``layer`` counts over all stacks, ``name`` is e.g. "single 3"."""
+    """A transformer block: ``layer`` is its index over all stacks, ``name`` is for example "single 3"."""
 
     layer: int
     name: str
@@ -33,10 +32,15 @@ class Block:
 class Event:
     """Where a tensor was seen.
 
-    ``gate`` names the AdaLN gate when ``point`` is "gate", and "shift" or "scale" when it is "modulation". At the point
-    "prompt" the tensors are what carries the prompt into the transformer, before any block: ``layer`` is -1 then, and
-    ``gate`` the name of the argument. At the point "velocity" they are what the transformer predicts, and ``layer`` is -1,
-    too.
+    Attributes:
+        step: denoising step.
+        branch: "cond" or "uncond".
+        layer: index over all block stacks in execution order; -1 at the points "prompt" and "velocity".
+        stream: "image" or "text".
+        point: "input" or "output" of a block, "gate", "modulation", "prompt" (what carries the prompt into the
+            transformer) or "velocity" (what the transformer predicts).
+        gate: name of the AdaLN gate at "gate", "shift" or "scale" at "modulation", the argument's name at "prompt", else
+            "".
     """
 
     step: int
@@ -48,49 +52,60 @@ class Event:
 
 
 class Listener(Protocol):
-    """Reads, or writes in place, the tensors of the events it wants.
+    """What reads tensors, or writes them in place, at the sites that it wants.
 
-    One that has ``groups`` (numbers by name) is called with a third argument, the tensors of its companions by name: samples
-    that travel behind the others in the same batch, group after group. All others never see companions. It also has
-    ``needs(step, branch)``: whether it will read companions there, or later what the model makes of them there. Where no
-    listener does, they are left out of the call (but for the point "prompt"), and get their samples' velocity.
+    A listener with ``groups`` (numbers by name) also receives the tensors of its auxiliary samples by name: samples that
+    are appended to the batch, group after group. No other listener sees them. It defines ``needs(step, branch)``:
+    whether it reads auxiliary samples there, or later what the model makes of them there. Where no listener needs them,
+    they are left out of the call (except at the point "prompt") and receive the velocity of their primary samples.
     """
 
     writes: bool
 
     def wants(self, layer: int, stream: str, point: str) -> bool:
-        """Asked once for each site before the run; hooks are registered for wanted sites alone."""
+        """Return whether the listener reads a site; hooks are registered for wanted sites only.
+
+        Args:
+            layer: index of the block; -1 for the prompt and the velocity.
+            stream: "image" or "text".
+            point: as in ``Event``.
+        """
 
     def __call__(self, event: Event, x: Tensor) -> None:
-        """``x`` is (samples, tokens, channels); (samples, channels) for a gate; of the latents' shape for the velocity."""
+        """Read or write ``x``.
+
+        Args:
+            event: where the tensor was seen.
+            x: (samples, tokens, channels); (samples, channels) for a gate; of the latents' shape for the velocity.
+        """
 
 
 def blocks_of(transformer: nn.Module, family: Family) -> list[Block]:
-    """All blocks in execution order."""
-    found: list[Block] = []
+    """Return all blocks of a ``transformer`` of this ``family`` in execution order."""
+    blocks: list[Block] = []
     for stack in family.stacks:
         for index, module in enumerate(getattr(transformer, stack.attribute)):
-            found.append(Block(len(found), f"{stack.label} {index}", module, stack))
-    return found
+            blocks.append(Block(len(blocks), f"{stack.label} {index}", module, stack))
+    return blocks
 
 
 class Tap(AbstractContextManager):
-    """While entered, sends events of a pipeline's transformer to listeners; those that write come first.
+    """While entered, send the events of a pipeline's transformer to listeners; listeners that write come first.
 
     Args:
         pipeline: a diffusers pipeline with ``transformer`` and ``scheduler``.
-        family: the transformer's row.
-        samples: number of samples of the pipeline call, by which batched guidance is told from a plain batch.
+        family: the transformer's architecture.
+        samples: number of samples of the pipeline call, which distinguishes batched guidance from a plain batch.
         listeners: called in the given order, writers before readers.
-        groups: how many groups of companions are among the samples, behind the others and as many each.
-        tokens: number of image tokens, by which they are found in a tensor that holds text and image.
+        groups: number of groups of auxiliary samples, each as large as the primary samples that precede them.
+        tokens: number of image tokens, which separates the streams of a tensor that contains text and image.
 
     Attributes:
         step: the denoising step.
         latents: what the scheduler's last step returned.
 
     Raises:
-        RuntimeError: the transformer is compiled or a cache accelerator is on, which would hide or fake block outputs.
+        RuntimeError: the transformer is compiled or a cache accelerator is on, which hides or fakes block outputs.
     """
 
     def __init__(
@@ -103,12 +118,12 @@ class Tap(AbstractContextManager):
         tokens: int = 0,
     ) -> None:
         self._pipeline, self._family, self._samples, self._tokens = pipeline, family, samples, tokens
-        self._own = samples // (1 + groups)
+        self._primary = samples // (1 + groups)
         self._listeners = sorted(listeners, key=lambda listener: not listener.writes)
         self._undo = ExitStack()
-        self._companioned = [listener for listener in listeners if getattr(listener, "groups", None)]
+        self._readers_of_auxiliary = [listener for listener in listeners if getattr(listener, "groups", None)]
         self._calls, self._named, self._branches = 0, "", BRANCHES[:1]
-        self._lengths, self._places = [samples], None  # samples of each branch in this call, and where all find theirs
+        self._lengths, self._places = [samples], None  # samples of each branch in this call; row of each sample
         self.step, self.latents = 0, None
 
     def __enter__(self) -> Tap:
@@ -124,7 +139,7 @@ class Tap(AbstractContextManager):
                 undo.callback(transformer.register_forward_pre_hook(hook, with_kwargs=True).remove)
             if wanted := self._wanting(-1, "image", "velocity"):
                 undo.callback(transformer.register_forward_hook(self._velocity_hook(wanted)).remove)
-            if self._companioned:
+            if self._readers_of_auxiliary:
                 undo.callback(transformer.register_forward_pre_hook(self._leave_out, with_kwargs=True).remove)
                 undo.callback(transformer.register_forward_hook(self._fill_in).remove)
             for block in blocks_of(transformer, self._family):
@@ -140,7 +155,7 @@ class Tap(AbstractContextManager):
         self.step, self._calls = step, 0
 
     def _replace(self, undo: ExitStack, owner: Any, name: str, wrap: Callable) -> None:
-        """Shadow a method on the instance; the shadow is removed, or an earlier one put back, on exit."""
+        """Replace a method on the instance; on exit the earlier one, or the class's, is back."""
         before = vars(owner).get(name)
         original = getattr(owner, name)
         object.__setattr__(owner, name, wrap(original))
@@ -154,7 +169,7 @@ class Tap(AbstractContextManager):
         undo.callback(restore)
 
     def _scheduler_step(self, original: Callable) -> Callable:
-        @functools.wraps(original)  # pipelines look at its signature
+        @functools.wraps(original)  # pipelines inspect its signature
         def step(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
             self.latents = result[0]
@@ -182,27 +197,29 @@ class Tap(AbstractContextManager):
         self._lengths, self._places = [self._samples] * len(self._branches), None
 
     def _leave_out(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        """Take the companions that no one needs out of a call: they cost as much as any sample."""
-        kept = [any(listener.needs(self.step, branch) for listener in self._companioned) for branch in self._branches]
+        """Remove the auxiliary samples that no listener needs from a call: each costs as much as a primary one."""
+        kept = [
+            any(listener.needs(self.step, branch) for listener in self._readers_of_auxiliary) for branch in self._branches
+        ]
         if all(kept):
             return None
         batch, rows, self._places = len(self._branches) * self._samples, [], []
         for number, keep in enumerate(kept):
-            self._lengths[number] = length = self._samples if keep else self._own
+            self._lengths[number] = length = self._samples if keep else self._primary
             self._places += [len(rows) + i % length for i in range(self._samples)]
             rows += range(number * self._samples, number * self._samples + length)
 
         def take(name: str, x: Any) -> Any:
             if isinstance(x, dict):
                 return {key: take(key, value) for key, value in x.items()}
-            if isinstance(x, Tensor) and not (name.endswith("_ids") and x.ndim == 2):  # those are places of tokens
+            if isinstance(x, Tensor) and not (name.endswith("_ids") and x.ndim == 2):  # positions of tokens
                 return x[rows] if x.ndim and len(x) == batch else x
             return [x[row] for row in rows] if isinstance(x, list) and len(x) == batch else x
 
         return tuple(take("", x) for x in args), take("", kwargs)
 
     def _fill_in(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        """Give companions that were left out the velocity of their samples, so that the pipeline can go on."""
+        """Give auxiliary samples that were left out the velocity of their primary samples."""
         if self._places is None:
             return None
         x = output[0]
@@ -231,16 +248,16 @@ class Tap(AbstractContextManager):
 
     def _send(self, wanted: list[Listener], x: Tensor, *site: Any) -> None:
         for branch, part in zip(self._branches, x.split(self._lengths), strict=True):
-            event, (own, *companions) = Event(self.step, branch, *site), part.split(self._own)
+            event, (primary, *auxiliary) = Event(self.step, branch, *site), part.split(self._primary)
             for listener in wanted:
                 groups = getattr(listener, "groups", None)
                 if groups is None:
-                    listener(event, own)
-                elif companions or not groups:
-                    listener(event, own, {name: companions[number] for name, number in groups.items()})
+                    listener(event, primary)
+                elif auxiliary or not groups:
+                    listener(event, primary, {name: auxiliary[number] for name, number in groups.items()})
 
     def _part(self, x: Tensor, stack: Stack, stream: str) -> Tensor:
-        """The tokens of a stream, as a view where one tensor holds both streams."""
+        """Return the tokens of a stream, as a view where one tensor contains both streams."""
         if stack.joined is None:
             return x
         first = self._tokens if stack.joined == "image first" else x.shape[1] - self._tokens
@@ -252,7 +269,7 @@ class Tap(AbstractContextManager):
             changed = dict(kwargs)
             for name in self._family.conditioning:
                 if (x := kwargs.get(name)) is not None:
-                    changed[name] = x.clone()  # the pipeline holds on to it for the steps to come
+                    changed[name] = x.clone()  # the pipeline uses it again in later steps
                     self._send(wanted, changed[name], -1, "text", "prompt", name)
             return args, changed
 
@@ -264,7 +281,7 @@ class Tap(AbstractContextManager):
             if isinstance(x, Tensor):
                 self._send(wanted, x, -1, "image", "velocity")
                 return None
-            stacked = torch.stack(x)  # Z-Image gives a list of samples
+            stacked = torch.stack(x)  # Z-Image returns a list of samples
             self._send(wanted, stacked, -1, "image", "velocity")
             return (list(stacked.unbind()), *output[1:])
 
@@ -277,7 +294,7 @@ class Tap(AbstractContextManager):
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
             x = kwargs[argument] if argument in kwargs else args[position]
             if writes:
-                x = x.clone()  # the block before, or the pipeline, may still hold the tensor that enters
+                x = x.clone()  # the previous block or the pipeline may still use the tensor
             self._send(wanted, self._part(x, block.stack, stream), block.layer, stream, "input")
             if not writes:
                 return None
@@ -297,7 +314,7 @@ class Tap(AbstractContextManager):
                 return None
             entering = kwargs.get(argument, args[0] if args else None)
             shared = writes and entering is not None and _same_storage(x, entering)
-            if shared:  # a block that passes its input through: writing in place would reach further than this site
+            if shared:  # the block returns its input: writing in place would change other sites
                 x = x.clone()
             self._send(wanted, self._part(x, block.stack, stream), block.layer, stream, "output")
             if not shared:
@@ -345,6 +362,6 @@ def _refuse_opaque(transformer: nn.Module) -> None:
         getattr(m, "_compiled_call_impl", None) is not None for m in transformer.modules()
     )
     if compiled:
-        raise RuntimeError("The transformer is compiled, which hides its blocks from hooks; load it without torch.compile.")
+        raise RuntimeError("The transformer is compiled, which hides its blocks from hooks; use it without torch.compile.")
     if getattr(transformer, "is_cache_enabled", False):
         raise RuntimeError("A cache accelerator is on, which skips blocks; call transformer.disable_cache() first.")

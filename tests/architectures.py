@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import (
@@ -55,7 +56,8 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from malib.train import word_tokenizer
+from malib.miniflux import scenes
+from malib.miniflux.text import word_tokenizer
 
 SIZE = 32
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
@@ -459,3 +461,10 @@ def build(name: str):
         for parameter in pipeline.transformer.parameters():
             parameter.normal_(0, 0.15)
     return pipeline
+
+
+def save(name: str, folder: Path) -> None:
+    """Write a tiny pipeline to a folder, with prompts whose words its tokenizers know."""
+    build(name).save_pretrained(folder)
+    if name != "dit-xl":  # its prompts are class names
+        (folder / "prompts.txt").write_text("\n".join(scenes.captions(64)) + "\n")

@@ -12,25 +12,26 @@ import xarray as xr
 
 import malib
 from malib import (
-    AmountMatched,
     BottomK,
     Channels,
     ChannelStats,
     Clusters,
     Disrupt,
     DiT,
+    DoseMatched,
     EnergyMatched,
     Gates,
     HiddenStates,
+    Images,
     Interpolate,
-    Pictures,
     RandomK,
     Renoised,
     TopK,
     Transport,
 )
-from malib.records import Window
+from malib.latents import interpolated
 from malib.spatial import kmeans, min_max
+from malib.window import Window
 
 from .. import architectures
 from ..closeness import assert_apart, assert_close
@@ -162,7 +163,7 @@ def test_an_image_does_not_depend_on_its_place_in_the_batch(any_dit: DiT) -> Non
 
 
 @pytest.mark.parametrize("rule", [TopK(3), BottomK(3), RandomK(3, seed=1), EnergyMatched(2), Channels((0, 5))])
-def test_disrupt_changes_the_named_entries_alone(any_dit: DiT, rule: malib.channels.Rule) -> None:
+def test_disrupt_changes_the_named_entries_alone(any_dit: DiT, rule: malib.rules.Rule) -> None:
     """Only layer 1, step 0, branch cond: there the selected channels are zero and all others as they were."""
     window = {"layers": 1, "steps": 0, "branches": "cond"}
     before = any_dit.generate(PROMPTS, steps=2, record=[HiddenStates()]).records.hidden_states.value
@@ -273,7 +274,7 @@ def test_edits_of_a_joined_tensor_keep_to_their_stream(any_dit: DiT) -> None:
     """In the last block with text: disrupting one stream leaves the other's output as it was."""
     last = architectures.KNOWN[any_dit.name].text - 1
     if last < 0:
-        return
+        pytest.skip("no block returns text")
     streams = [HiddenStates(stream=s, layers=last, branches="cond") for s in ("image", "text")]
     plain = any_dit.generate(PROMPTS, steps=1, record=streams).records
     for stream, kept in (("image", "hidden_states_2"), ("text", "hidden_states")):
@@ -372,8 +373,8 @@ def test_a_recorded_source_does_what_a_travelling_one_does(any_dit: DiT) -> None
 
 def test_a_matched_transport_reads_each_samples_amount_in_any_batch(any_dit: DiT) -> None:
     top = any_dit.generate(PROMPTS, steps=STEPS, edits=[Transport(TopK(2), SOURCES)]).records.transport
-    lopsided = top.amount * xr.DataArray([1.0, 0.0], dims="sample")  # the second sample is to stay as it is
-    edit = Transport(AmountMatched(2, amounts=lopsided), SOURCES)
+    lopsided = top.dose * xr.DataArray([1.0, 0.0], dims="sample")  # the second sample is to stay as it is
+    edit = Transport(DoseMatched(2, doses=lopsided), SOURCES)
     kept, any_dit.batch_size = any_dit.batch_size, 1
     try:
         parts = any_dit.generate(PROMPTS, steps=STEPS, edits=[edit]).records.transport
@@ -381,7 +382,7 @@ def test_a_matched_transport_reads_each_samples_amount_in_any_batch(any_dit: DiT
         any_dit.batch_size = kept
     whole = any_dit.generate(PROMPTS, steps=STEPS, edits=[edit]).records.transport
     assert parts.mask.equals(whole.mask) and whole.mask[0].any() and not whole.mask[1].any()
-    assert (whole.amount[1] == 0).all()
+    assert (whole.dose[1] == 0).all()
 
 
 def test_an_edit_that_meets_no_site_is_refused(any_dit: DiT) -> None:
@@ -407,7 +408,7 @@ def test_companions_are_seen_by_nobody_else_and_batches_do_not_matter(any_dit: D
     edits = [
         Transport(TopK(3), SOURCES, mask="source"),
         Disrupt(TopK(2)),
-        Transport(BottomK(2), "a ring", layers=1, whose="union", mask="target"),
+        Transport(BottomK(2), "a ring", layers=1, select_on="union", mask="target"),
     ]
     whole = any_dit.generate(PROMPTS, steps=STEPS, edits=edits, record=[ChannelStats(top=0), Gates()])
     assert whole.records.channel_stats.sizes["sample"] == whole.records.disrupt.sizes["sample"] == 2
@@ -428,10 +429,14 @@ def test_interpolated_prompts_lead_from_the_target_to_the_source(any_dit: DiT) -
         return
     target, source = any_dit.generate(PROMPTS, steps=STEPS), any_dit.generate(SOURCES, steps=STEPS)
     masked = any("mask" in name for name in any_dit.family.conditioning)  # then the target's own tokens stay visible
-    for strength, end in ((0.0, target), (1.0, source)):
-        found = any_dit.generate(PROMPTS, steps=STEPS, edits=[Interpolate(source=SOURCES, strength=strength)])
-        if not masked:
-            assert_close(found.latents, end.latents)
+    start, full = (
+        any_dit.generate(PROMPTS, steps=STEPS, edits=[Interpolate(source=SOURCES, strength=s)]).latents for s in (0.0, 1.0)
+    )
+    if masked:
+        assert_apart(start, full)
+    else:
+        assert_close(start, target.latents)
+        assert_close(full, source.latents)
     half = any_dit.generate(PROMPTS, steps=STEPS, edits=[Interpolate(source=SOURCES)]).latents
     assert_apart(half, target.latents)
     assert_apart(half, source.latents)
@@ -441,13 +446,13 @@ def test_interpolated_prompts_lead_from_the_target_to_the_source(any_dit: DiT) -
 
 def refused(dit: DiT, ways: tuple[str, ...] = ("flow", "ddpm")) -> bool:
     """Whether pictures cannot enter this architecture so; that it says so is checked here."""
-    if dit.family.pictures in ways:
+    if dit.family.images in ways:
         return False
-    with pytest.raises(ValueError, match="Pictures cannot enter"):
+    with pytest.raises(ValueError, match="Images cannot enter"):
         if "ddpm" in ways:
             dit.encode(np.zeros((1, 32, 32, 3), np.uint8))
         else:
-            source = Pictures(np.zeros((1, 32, 32, 3), np.uint8))
+            source = Images(np.zeros((1, 32, 32, 3), np.uint8))
             dit.generate(PROMPTS, steps=1, edits=[Transport(TopK(1), source)])
     return True
 
@@ -482,10 +487,11 @@ def test_a_picture_is_read_at_every_noise_level_with_the_targets_noise(any_dit: 
     side, prompt = any_dit.size, SOURCES[0]
     images = np.random.default_rng(0).integers(0, 255, size=(1, side, side, 3), dtype=np.uint8)
     first = HiddenStates(layers=0, branches="cond")
-    edit = Transport(TopK(any_dit.width), Pictures(images, prompt), layers=0)
+    edit = Transport(TopK(any_dit.width), Images(images, prompt), layers=0)
     moved = any_dit.generate(PROMPTS[0], 3, steps=STEPS, edits=[edit], record=[first]).records.hidden_states
-    if type(any_dit.pipeline).__name__ == "SanaPipeline":  # its own solver begins below sigma 1, and rounds its times
-        return
+    assert moved.value.notnull().all() and moved.sizes["step"] == STEPS
+    if type(any_dit.pipeline).__name__ == "SanaPipeline":
+        pytest.skip("Sana's own solver begins below sigma 1 and rounds its timesteps, so no single step is comparable")
     for step, sigma in enumerate(moved.sigma.values):
         start = Renoised(images, float(sigma))
         read = any_dit.generate(prompt, 3, steps=1, start=start, record=[first]).records.hidden_states
@@ -502,7 +508,7 @@ def test_inversion_follows_the_flow_upwards(name: str) -> None:
     assert len(path) == 5
     for index, latents in enumerate(path):
         assert_close(latents, clean + 0.7 * index / 4)
-    at = dit._route(images, ["", ""], [0, 1], Pictures(images, route="inversion"), 4, None)
+    at = interpolated(path)
     assert_close(at(0.6), clean + 0.42)
 
 
@@ -514,10 +520,10 @@ def test_starting_from_pictures(any_dit: DiT) -> None:
     images = np.random.default_rng(0).integers(0, 255, size=(2, side, side, 3), dtype=np.uint8)
     clean = any_dit.encode(images)
     still = any_dit.generate(PROMPTS, steps=1, cfg=1.0, start=Renoised(images, 1e-4))
-    least = 2e-2 if any_dit.family.pictures == "flow" else 0.1  # the first timestep of a DDPM has noise of 0.01
-    assert_close(still.latents, any_dit._latents.pack(clean), least)
+    least = 2e-2 if any_dit.family.images == "flow" else 0.1  # the first timestep of a DDPM has noise of 0.01
+    assert_close(still.latents, any_dit.latents.pack(clean), least)
     half = any_dit.generate(PROMPTS, steps=2, start=Renoised(images, 0.5), record=[ChannelStats(top=0)])
-    if any_dit.family.pictures == "flow":
+    if any_dit.family.images == "flow":
         assert half.records.channel_stats.sigma.values.tolist() == [0.5, 0.25]
     else:
         assert_close(half.records.channel_stats.sigma[0], 0.5, 0.02)
@@ -569,11 +575,11 @@ def test_a_source_recorded_with_other_weights_is_refused(flux_dit: DiT) -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda d: d.generate([]), "No prompts"),
+        (lambda d: d.generate([]), "list of prompts is empty"),
         (lambda d: d.generate(["a star", " "]), "Prompt 1"),
         (lambda d: d.generate(PROMPTS, seeds=[1]), "2 prompts but 1 seeds"),
         (lambda d: d.generate(PROMPTS, steps=0), "steps is 0"),
-        (lambda d: d.generate(PROMPTS, edits=[Disrupt(TopK(10_000))]), "k is 10000"),
+        (lambda d: d.generate(PROMPTS, edits=[Disrupt(TopK(10_000))]), "k=10000 exceeds"),
         (lambda d: d.generate(PROMPTS, edits=[Disrupt(Channels((99_999,)))]), "Channels 99999"),
         (lambda d: d.generate(PROMPTS, record=[ChannelStats(layers=99)]), "layers 0 to"),
         (lambda d: d.generate(PROMPTS, steps=2, edits=[Disrupt(TopK(1), steps=(2,))]), "steps 0 to 1"),
@@ -581,19 +587,19 @@ def test_a_source_recorded_with_other_weights_is_refused(flux_dit: DiT) -> None:
         (lambda d: d.generate(PROMPTS, record=[ChannelStats(max_bytes=10)]), "max_bytes"),
         (lambda d: d.generate(PROMPTS, edits=[Disrupt(TopK(1), point="gate")]), "Point 'gate'"),
         (lambda d: d.generate(PROMPTS, guidance=3.5), "no embedded guidance"),
-        (lambda d: d.generate(PROMPTS, start=Renoised(np.zeros((1, 32, 32, 3), np.uint8), 0.5)), "1 pictures of 32 x 32"),
+        (lambda d: d.generate(PROMPTS, start=Renoised(np.zeros((1, 32, 32, 3), np.uint8), 0.5)), "1 images of 32 x 32"),
         (lambda d: Renoised(np.zeros((1, 32, 32, 3), np.uint8), 1.5), "sigma is 1.5"),
         (lambda d: Renoised(np.zeros((1, 32, 32, 3)), 0.5), "must be uint8"),
         (lambda d: d.generate(PROMPTS, edits=[Transport(TopK(1), ["a", "b", "c"])]), "3 sources were given for 2"),
         (lambda d: d.generate(PROMPTS, edits=[Transport(TopK(1), SOURCES, mask=np.ones((3, 3)))]), "mask has shape"),
         (
-            lambda d: d.generate(PROMPTS, edits=[Transport(TopK(1), Pictures(np.zeros((1, 8, 8, 3), np.uint8)))]),
+            lambda d: d.generate(PROMPTS, edits=[Transport(TopK(1), Images(np.zeros((1, 8, 8, 3), np.uint8)))]),
             "8 x 8 pixels",
         ),
-        (lambda d: Transport(TopK(1), d.generate(PROMPTS, steps=1)), "holds no hidden states"),
+        (lambda d: Transport(TopK(1), d.generate(PROMPTS, steps=1)), "has no hidden states"),
         (lambda d: d.generate(PROMPTS, steps=2, edits=[Transport(TopK(1), once(d))]), "recorded in 1 steps"),
-        (lambda d: Transport(TopK(1), once(d), whose="target"), "no others"),
-        (lambda d: Transport(TopK(1), once(d), mask="source", mask_channels=TopK(2)), "no others"),
+        (lambda d: Transport(TopK(1), once(d), select_on="target"), "its own selection rule chose"),
+        (lambda d: Transport(TopK(1), once(d), mask="source", mask_channels=TopK(2)), "its own selection rule chose"),
         (lambda d: Transport(TopK(1), once(d), seeds=3), "its own noise"),
         (lambda d: d.generate(PROMPTS, steps=1, cfg=1.0, edits=[Disrupt(TopK(1), branches="uncond")]), "cond alone"),
         (lambda d: Transport(TopK(1), "a", strength=2.0), "strength is 2.0"),

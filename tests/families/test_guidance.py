@@ -29,6 +29,8 @@ from .test_contract import PROMPTS
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 def test_one_step_moves_by_w_times_what_the_disruption_moves(any_dit: DiT, cfg: float) -> None:
     """A first-order solver's step is linear in the velocity, so the formula can be read off the latents of one step."""
+    if any_dit.family.rescales and cfg > 1:
+        pytest.skip("rescaled after guidance: test_a_rescaled_guidance_is_the_term_rescaled")
     w, rule, m = 1.5, TopK(3), 1
     plain, guided = (
         any_dit.generate(PROMPTS, steps=1, cfg=cfg, guide=guide).latents for guide in (None, DetailGuidance(w, m, rule))
@@ -36,8 +38,6 @@ def test_one_step_moves_by_w_times_what_the_disruption_moves(any_dit: DiT, cfg: 
     own, degraded = (
         any_dit.generate(PROMPTS, steps=1, cfg=1.0, edits=edits).latents for edits in ([], [Disrupt(rule, layers=m)])
     )
-    if any_dit.family.rescales and cfg > 1:
-        return  # test_a_rescaled_guidance_is_the_term_rescaled
     assert_close(guided - plain, w * (own - degraded), 2e-3)
     assert np.abs(own - degraded).max() > 1e-3
 

@@ -18,8 +18,8 @@ for name in {names}:
         pathlib.Path(out, f"{{name}}.{{kind}}").write_text(json.dumps({{"n": size}}))
 """
 CLAIM = """
-from malib import figures, metrics
-found = metrics.verdicts({"few_channels": metrics.Estimate(12.0, 11.0, 13.0, size)})
+from malib import analysis, figures
+found = analysis.verdicts({"few_channels": analysis.Estimate(12.0, 11.0, 13.0, size)})
 figures.save_claims(found, "92_claims", out, {"device": "cpu", "call": {}}, size=size)
 """
 

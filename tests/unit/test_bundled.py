@@ -9,8 +9,9 @@ import sys
 import pytest
 
 import malib
-from malib import channels, judge, scenes
-from malib.dit import data_folder
+from malib import analysis
+from malib.miniflux import evaluator, scenes
+from malib.presets import data_folder
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +19,7 @@ def dit() -> malib.DiT:
     return malib.load(cache=False, device="cpu")
 
 
+@pytest.mark.slow
 def test_plain_diffusers_opens_it_without_malib() -> None:
     code = (
         "import sys; from diffusers import DiffusionPipeline; "
@@ -38,10 +40,11 @@ def test_every_file_has_its_checksum() -> None:
     assert found == listed, "a file in data/ has changed; if on purpose, run make checksums"
 
 
-def test_pictures_follow_the_caption(dit: malib.DiT) -> None:
+@pytest.mark.slow
+def test_images_follow_the_caption(dit: malib.DiT) -> None:
     """On captions of unseen combinations the judge finds place and colours in nearly all pictures."""
     chosen = [scenes.sample_scene(3_000_000_000 + i, subjects=1, unseen=True) for i in range(24)]
-    hits = judge.prompt_accuracy(judge.read(dit.generate([s.caption for s in chosen], steps=10).images), chosen)
+    hits = evaluator.prompt_adherence(evaluator.predict(dit.generate([s.caption for s in chosen], steps=10).images), chosen)
     assert all(hits[name].mean() >= 0.8 for name in ("position", "background", "colour"))
 
 
@@ -49,7 +52,7 @@ def test_its_top_channel_towers_over_the_median(dit: malib.DiT) -> None:
     stats = dit.generate(
         scenes.captions(4), steps=4, record=[malib.ChannelStats(branches="cond", top=0)]
     ).records.channel_stats
-    lead = channels.leading(stats.score.mean(("sample", "step")), (1, 192)).squeeze("branch")
+    lead = analysis.top_ratios(stats.score.mean(("sample", "step")), (1, 192)).squeeze("branch")
     assert float(lead.sel(rank=1).max()) > 10 and float(lead.sel(rank=192).max()) < 1.1
 
 
@@ -63,10 +66,10 @@ def test_comparison_shows_one_column_a_generation(dit: malib.DiT) -> None:
     hurt = dit.generate("a red star", steps=1, edits=[malib.Disrupt(malib.TopK(8))])
     html = (base | hurt | base)._repr_html_()
     assert html.count("<th ") == 3 and html.count("<img") == 3
-    assert html.count("undisturbed") == 2 and "Disrupt(channels=TopK(k=8))" in html
+    assert html.count("unedited") == 2 and "Disrupt(channels=TopK(k=8))" in html
     other = dit.generate("a blue ring", steps=1, edits=[malib.Disrupt(malib.TopK(8), layers=(0, 1, 2), mode="mean")])
     html = (base | dit.generate("a blue ring", steps=1) | other)._repr_html_()
-    assert "undisturbed" not in html and html.count(">a red star<") == html.count(">a blue ring<") == 1
+    assert "unedited" not in html and html.count(">a red star<") == html.count(">a blue ring<") == 1
     assert "Disrupt(layers=0-2, channels=TopK(k=8), mode=mean)" in html
     three = malib.Transport(malib.TopK(2), ["a star", "a ring", "a cross"], strength=1 / 3)
     html = dit.generate(["a circle"] * 3, steps=1, edits=[three])._repr_html_()

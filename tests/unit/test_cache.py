@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from malib import Channels, ChannelStats, Disrupt, DiT, Gates, Store, TopK, cache
+from malib import Channels, ChannelStats, Disrupt, DiT, Gates, Store, TopK, cache, sampling
 
 from .. import architectures
 
@@ -26,7 +26,7 @@ def entries(store: Store) -> list[str]:
 def test_the_same_call_twice_is_one_entry_and_equal(dit: DiT, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     call = {"steps": 2, "record": [ChannelStats(), Gates()], "edits": [Disrupt(TopK(2), layers=(1, 2))]}
     first = dit.generate(PROMPTS, **call)
-    monkeypatch.setattr(DiT, "_run", lambda *a: pytest.fail("computed again"))
+    monkeypatch.setattr(sampling.Sampler, "run", lambda *a: pytest.fail("computed again"))
     second = dit.generate(PROMPTS, **call)
     assert len(entries(store)) == 1
     assert np.array_equal(first.images, second.images) and np.array_equal(first.latents, second.latents)

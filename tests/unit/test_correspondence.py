@@ -8,10 +8,11 @@ import torch
 import xarray as xr
 from PIL import Image
 
-from malib import Disrupt, DiT, EnergyMatched, Renoised, TopK, scenes
-from malib import correspondence as corr
+from malib import Disrupt, DiT, EnergyMatched, Renoised, TopK
+from malib.analysis import correspondence as corr
 from malib.cache import Store
-from malib.channels import Channels
+from malib.miniflux import scenes
+from malib.rules import Channels
 
 from .. import architectures
 from ..closeness import assert_close
@@ -127,13 +128,13 @@ def test_both_ends_lose_the_same_channels() -> None:
     assert (seen[..., [3, 5]] == 0).all() and (seen[..., [0, 1, 2, 4, 6, 7]] != 0).all()
     energy, found = np.square(tokens[:, 0]).sum((0, 1)), corr.selected(states, 4, EnergyMatched(1))
     assert not found[3] and (found.sum() == 7 or energy[found].sum() >= energy[3])
-    with pytest.raises(ValueError, match="Layer 5 was not read; these states have 4, 6"):
+    with pytest.raises(ValueError, match="Layer 5 was not read; choose among 4, 6"):
         corr.features(states, 5)
 
 
 def test_what_cannot_be_read_is_refused(flux_dit: DiT) -> None:
     images = np.zeros((1, flux_dit.size, flux_dit.size, 3), np.uint8)
-    for bad, words in (({"ensemble": 0}, "ensemble is 0"), ({"layers": []}, "No layers")):
+    for bad, words in (({"ensemble": 0}, "ensemble=0"), ({"layers": []}, "layers is empty")):
         with pytest.raises(ValueError, match=words):
             corr.read(flux_dit, images, **bad)
     assert corr.read(flux_dit, images, layers=2, ensemble=1).layer.values.tolist() == [2]

@@ -5,11 +5,11 @@ import pytest
 import torch
 import xarray as xr
 
-from malib import AmountMatched, Channels, Disrupt, EnergyMatched, Pictures, RandomK, TopK, Transport
-from malib.channels import random_frame
-from malib.edits import controls
+from malib import Channels, Disrupt, DoseMatched, EnergyMatched, Images, RandomK, TopK, Transport
+from malib.analysis import control_edits
 from malib.hooks import Event
-from malib.records import Run
+from malib.rules import random_frame
+from malib.window import Run
 
 from ..closeness import assert_apart, assert_close
 
@@ -93,7 +93,7 @@ def test_what_cannot_be_done_is_refused() -> None:
 def test_controls_match_the_top_in_number_energy_or_norm() -> None:
     x = states(3, 8, 64)
     x[..., :4] *= 20
-    found = {name: x - changed(x, *variants[0]) for name, variants in controls(4, draws=2).items()}
+    found = {name: x - changed(x, *variants[0]) for name, variants in control_edits(4, draws=2).items()}
     assert list(found) == ["top", "equal energy", "random", "bottom", "equal norm"]
     energy = {name: gone.square().sum((1, 2)) for name, gone in found.items()}
     assert all((found[n] != 0).any(1).sum(1).eq(4).all() for n in ("top", "bottom", "random"))
@@ -102,8 +102,8 @@ def test_controls_match_the_top_in_number_energy_or_norm() -> None:
         energy["equal energy"] < energy["top"]
     ).all()  # sixty ordinary channels hold less than four of twenty times the size
     assert (energy["bottom"] < 0.1 * energy["top"]).all()
-    assert [len(v) for v in controls(4, draws=2).values()] == [1, 2, 2, 1, 2]
-    (first,), (second,) = controls(4, draws=2, layers=3)["random"]
+    assert [len(v) for v in control_edits(4, draws=2).values()] == [1, 2, 2, 1, 2]
+    (first,), (second,) = control_edits(4, draws=2, layers=3)["random"]
     assert first != second and first.layers == second.layers == (3,)
 
 
@@ -113,10 +113,10 @@ def test_the_amount_is_the_squared_norm_of_the_change_of_a_token(mode: str) -> N
     listener, after = Disrupt(TopK(3), mode=mode, factor=0.5, tokens=(0, 2)).start(Run(2, 1, (None,))), x.clone()
     listener(AT, after)
     listener.flush()
-    amount = listener.dataset().amount
-    assert amount.dims == ("sample", "step", "branch", "layer")
-    assert_close(amount.values.ravel(), (after - x).square().sum(2).mean(1))
-    assert (amount > 0).all()
+    dose = listener.dataset().dose
+    assert dose.dims == ("sample", "step", "branch", "layer")
+    assert_close(dose.values.ravel(), (after - x).square().sum(2).mean(1))
+    assert (dose > 0).all()
 
 
 def test_a_transport_of_equal_energy_changes_as_much_as_the_top_would() -> None:
@@ -126,16 +126,16 @@ def test_a_transport_of_equal_energy_changes_as_much_as_the_top_would() -> None:
     x[..., :3], source[..., :3] = 30 + 0.5 * x[..., :3], 30 + 0.5 * source[..., :3]
     tokens = np.array([1, 1, 0, 0, 1, 0])
     fields = {"source": "a star", "mask": tokens}
-    taken, amounts = {}, {}
+    taken, doses = {}, {}
     for name, rule in (("top", TopK(3)), ("energy", EnergyMatched(3))):
         listener = Transport(rule, **fields).start(Run(2, 1, (None,), (2, 3)))
         listener(AT, x.clone(), {"source": source})
         listener.flush()
         taken[name] = listener.dataset().mask.values[:, 0, 0, 0]
-        amounts[name] = listener.dataset().amount.values.ravel()
+        doses[name] = listener.dataset().dose.values.ravel()
     assert not (taken["top"] & taken["energy"]).any() and (taken["energy"].sum(1) < 12).all()
     largest = ((source - x).square()[:, tokens == 1].sum(1) / 6).amax(1).numpy()
-    assert (amounts["energy"] >= amounts["top"]).all() and (amounts["energy"] <= amounts["top"] + largest).all()
+    assert (doses["energy"] >= doses["top"]).all() and (doses["energy"] <= doses["top"] + largest).all()
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
@@ -147,7 +147,7 @@ def test_a_matched_transport_changes_at_every_site_what_the_other_run_changed(st
         dims=("sample", "step", "branch", "layer"),
         coords={"step": [0], "branch": ["cond"], "layer": [0, 5]},
     )
-    edit = Transport(AmountMatched(3, amounts=wanted), "a star", mask=tokens, strength=strength)
+    edit = Transport(DoseMatched(3, doses=wanted), "a star", mask=tokens, strength=strength)
     listener = edit.start(Run(4, 1, (None,) * 6, (2, 3)))
     for part in (slice(0, 3), slice(3, 4)):
         for layer in (0, 5):
@@ -155,40 +155,40 @@ def test_a_matched_transport_changes_at_every_site_what_the_other_run_changed(st
         listener.flush()
     found = listener.dataset()
     changed = strength**2 * (source - x).square()[:, tokens == 1].sum(1) / 6
-    assert (abs(found.amount - wanted).values.reshape(4, 2) <= changed.amax(1, keepdim=True).numpy() / 2 + 1e-5).all()
+    assert (abs(found.dose - wanted).values.reshape(4, 2) <= changed.amax(1, keepdim=True).numpy() / 2 + 1e-5).all()
     assert not found.mask.values[:, 0, 0].any(1)[np.arange(4)[:, None], TopK(3).ids(source, 0)].any()
 
 
 def test_a_matched_transport_needs_the_other_runs_amounts_at_its_sites() -> None:
     with pytest.raises(TypeError, match="give it records"):
-        AmountMatched(3)
+        DoseMatched(3)
     sites = {"step": [1], "branch": ["cond"], "layer": [0]}
     there = xr.DataArray(np.ones((2, 1, 1, 1)), sites, ("sample", *sites))
     with pytest.raises(ValueError, match="changed nothing at step 0, branch cond"):
-        changed(states(), Disrupt(AmountMatched(3, amounts=there)))
+        changed(states(), Disrupt(DoseMatched(3, doses=there)))
     with pytest.raises(ValueError, match="changed nothing at layer 0"):
-        changed(states(), Disrupt(AmountMatched(3, amounts=there.assign_coords(step=[0], layer=[4]))))
+        changed(states(), Disrupt(DoseMatched(3, doses=there.assign_coords(step=[0], layer=[4]))))
 
 
 def test_a_matched_rule_is_for_the_samples_of_its_run_and_for_edits_alone() -> None:
     sites = {"step": [0], "branch": ["cond"], "layer": [0]}
     one, two, three = (xr.DataArray(np.ones((n, 1, 1, 1)), sites, ("sample", *sites)) for n in (1, 2, 3))
-    with pytest.raises(ValueError, match="3 amounts were given for 2 prompts"):
-        changed(states(), Disrupt(AmountMatched(3, amounts=three)))
+    with pytest.raises(ValueError, match="3 doses were given for 2 prompts"):
+        changed(states(), Disrupt(DoseMatched(3, doses=three)))
     assert torch.equal(
-        changed(states(), Disrupt(AmountMatched(3, amounts=one))), changed(states(), Disrupt(AmountMatched(3, amounts=two)))
+        changed(states(), Disrupt(DoseMatched(3, doses=one))), changed(states(), Disrupt(DoseMatched(3, doses=two)))
     )
     with pytest.raises(TypeError, match="use EnergyMatched"):
-        AmountMatched(3, amounts=two).mask(states(), 0)
-    assert AmountMatched(3, amounts=two) != AmountMatched(3, amounts=two.copy())
+        DoseMatched(3, doses=two).mask(states(), 0)
+    assert DoseMatched(3, doses=two) != DoseMatched(3, doses=two.copy())
 
 
 def test_what_is_no_source_is_refused() -> None:
     for source in (np.zeros((1, 8, 8, 3), np.uint8), None, 3):
         with pytest.raises(TypeError, match="give a prompt"):
             Transport(TopK(1), source)
-    with pytest.raises(TypeError, match="open_picture"):
-        Pictures("photo.png")
+    with pytest.raises(TypeError, match="open_image"):
+        Images("photo.png")
     with pytest.raises(ValueError, match="steps is empty"):
         Disrupt(TopK(1), steps=())
 
@@ -203,15 +203,15 @@ def moved(x: torch.Tensor, source: torch.Tensor, **fields) -> tuple[torch.Tensor
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.3])
-@pytest.mark.parametrize("whose", ["source", "target", "union"])
-def test_transport_is_the_papers_formula(strength: float, whose: str) -> None:
+@pytest.mark.parametrize("select_on", ["source", "target", "union"])
+def test_transport_is_the_papers_formula(strength: float, select_on: str) -> None:
     x, source = states(), states(3)[1:] * 2 + 1
     p = np.array([[1, 0, 1, 0.5, 0, 0], [0, 0, 0, 1, 0.25, 1]])
-    found, taken = moved(x, source, channels=TopK(3), mask=p, whose=whose, strength=strength)
+    found, taken = moved(x, source, channels=TopK(3), mask=p, select_on=select_on, strength=strength)
     m = torch.zeros(2, 10)
     for sample in range(2):
         for name, states_of in (("source", source), ("target", x)):
-            if whose in (name, "union"):
+            if select_on in (name, "union"):
                 m[sample, states_of[sample].mean(0).abs().topk(3).indices] = 1
     weight = strength * torch.from_numpy(p).float()[:, :, None] * m[:, None]
     assert torch.equal(taken, m.bool())
@@ -238,15 +238,15 @@ def test_transport_finds_the_figure_of_source_or_target() -> None:
 
 def test_pictures_and_masks_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="must be uint8"):
-        Pictures(np.zeros((1, 8, 8, 3)))
-    with pytest.raises(ValueError, match="2 pictures but 3 prompts"):
-        Pictures(np.zeros((2, 8, 8, 3), np.uint8), ("a", "b", "c"))
+        Images(np.zeros((1, 8, 8, 3)))
+    with pytest.raises(ValueError, match="2 images but 3 prompts"):
+        Images(np.zeros((2, 8, 8, 3), np.uint8), ("a", "b", "c"))
     with pytest.raises(ValueError, match="Route 'teleport'"):
-        Pictures(np.zeros((2, 8, 8, 3), np.uint8), route="teleport")
+        Images(np.zeros((2, 8, 8, 3), np.uint8), route="teleport")
     with pytest.raises(ValueError, match="numbers from 0 to 1"):
         Transport(TopK(1), "a", mask=np.full(6, 2.0))
-    with pytest.raises(ValueError, match="whose='mine'"):
-        Transport(TopK(1), "a", whose="mine")
+    with pytest.raises(ValueError, match="select_on='mine'"):
+        Transport(TopK(1), "a", select_on="mine")
     with pytest.raises(TypeError, match="give it a rule"):
         Transport(3, "a")
 
@@ -259,8 +259,8 @@ def test_the_targets_figure_is_that_of_the_undisturbed_target() -> None:
     base = torch.randn(1, 36, 10, generator=torch.Generator().manual_seed(0)) * 0.1
     x, source = (torch.where(f[..., None] & (torch.arange(10) < 2), base + 5, base) for f in figures)
     edit = Transport(Channels((0, 1)), "a star", mask="union")
-    assert edit.companions == ("source", "target") and Transport(TopK(1), "a", mask="source").companions == ("source",)
-    assert Transport(TopK(1), "a", whose="target").companions == ("source", "target")
+    assert edit.auxiliary == ("source", "target") and Transport(TopK(1), "a", mask="source").auxiliary == ("source",)
+    assert Transport(TopK(1), "a", select_on="target").auxiliary == ("source", "target")
     listener, travelling = edit.start(Run(1, 1, (None,) * 3, (64, 64))), x.clone()
     for layer in range(3):
         listener(Event(0, "cond", layer, "image", "output"), travelling, {"source": source, "target": x})

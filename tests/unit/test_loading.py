@@ -12,7 +12,7 @@ from huggingface_hub.errors import GatedRepoError
 
 import malib
 from malib import DiT, figures
-from malib.dit import data_folder, preset_of
+from malib.presets import data_folder, preset_of
 
 from .. import architectures
 

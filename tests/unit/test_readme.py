@@ -4,12 +4,15 @@ import json
 import re
 from pathlib import Path
 
-from malib import ChannelStats, Clusters, DiT, Gates, HiddenStates, TopK, families, figures, metrics
+import pytest
+
+from malib import ChannelStats, Clusters, DiT, Gates, HiddenStates, TopK, analysis, families, figures
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_story_runs_as_it_stands(capsys) -> None:
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
     scope: dict = {}
@@ -44,7 +47,7 @@ def row_of(family: families.Family) -> str:
         [stack.label for stack in family.stacks],
         guidance,
         dict.fromkeys(gates),
-        [{"flow": "yes", "ddpm": "as a start", None: "no"}[family.pictures]],
+        [{"flow": "yes", "ddpm": "as a start", None: "no"}[family.images]],
     )
     return " | ".join(", ".join(cell) for cell in cells) + " |"
 
@@ -59,7 +62,7 @@ def test_the_table_of_architectures_is_that_of_the_rows() -> None:
 def claim_table() -> str:
     """The verdicts of figures/paper, as the README shows them."""
     lines = ["| | claim | whose | measured | control changed | rule | verdict |", "|---|---|---|---|---|---|---|"]
-    known = metrics.claims()
+    known = analysis.load_claims()
     for name in [name for notebook in figures.NOTEBOOKS for name in notebook.claims]:
         path = ROOT / "figures" / "paper" / name
         for row in json.loads(path.read_text())["claims"] if path.exists() else []:

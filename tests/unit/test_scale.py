@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from malib import scale
+from tests.benchmarks import scale
 
 
 def test_its_transformer_is_as_large_as_that_of_flux_dev() -> None:

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from malib import scenes
-from malib.scenes import Scene, Subject
+from malib.miniflux import scenes
+from malib.miniflux.scenes import Scene, Subject
 
 
 def test_a_seed_fixes_scene_caption_and_pixels() -> None:
@@ -103,7 +103,7 @@ def test_two_subjects_have_their_own_labels_and_do_not_overlap() -> None:
     [
         (lambda: Subject("blob", "red"), "blob"),
         (lambda: Scene((), "plain", "red"), "one or two"),
-        (lambda: Scene((Subject("star", "red"), Subject("ring", "blue")), "plain", "white"), "share a position"),
+        (lambda: Scene((Subject("star", "red"), Subject("ring", "blue")), "plain", "white"), "have the same position"),
         (lambda: Scene((Subject("star", "red"),), "dotted", "white"), "dotted"),
     ],
 )
@@ -131,5 +131,5 @@ def test_variants_differ_in_one_attribute_alone(attribute: str) -> None:
         told = [a != b for a, b in zip(scenes.attributes(target), scenes.attributes(source), strict=True)]
         assert told[place] and sum(told) == 1 and target.seed == source.seed
         assert source.subjects[0].colour != source.background
-    with pytest.raises(ValueError, match="no attribute"):
+    with pytest.raises(ValueError, match="not an attribute"):
         scenes.variants(1, "mood")

@@ -8,10 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from malib import train
-from malib.train import PRESETS
+from malib.miniflux import architecture, probe, text, train
+from malib.miniflux.architecture import PRESETS
+from malib.miniflux.probe import load_probe
 
 from ..closeness import assert_apart, assert_close
+
+pytestmark = pytest.mark.slow
 
 SMALL = replace(
     PRESETS["tiny"], single_blocks=2, steps=6, batch=2, warmup=2, scenes=16, vae_steps=2, vae_batch=4, card_captions=2
@@ -27,7 +30,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory):
 
 
 def test_a_stopped_training_goes_on_to_the_same_weights(finished, tmp_path, monkeypatch) -> None:
-    out, real, calls = tmp_path / "stopped", train._draw, []
+    out, real, calls = tmp_path / "stopped", train.draw_batch, []
 
     def stop_at_four(*args):
         calls.append(args[3])
@@ -36,10 +39,10 @@ def test_a_stopped_training_goes_on_to_the_same_weights(finished, tmp_path, monk
         return real(*args)
 
     monkeypatch.setattr(train, "CHECKPOINT_EVERY", 2)
-    monkeypatch.setattr(train, "_draw", stop_at_four)
+    monkeypatch.setattr(train, "draw_batch", stop_at_four)
     with pytest.raises(KeyboardInterrupt):
         train.train(SMALL, 3, out, compiled=False)
-    monkeypatch.setattr(train, "_draw", real)
+    monkeypatch.setattr(train, "draw_batch", real)
     train.train(SMALL, 3, out, compiled=False)
     name = "pipeline/transformer/diffusion_pytorch_model.safetensors"
     one, two = load_file(finished / name), load_file(out / name)
@@ -52,7 +55,7 @@ def test_the_exported_pipeline_opens_and_runs_without_malib(finished) -> None:
     from diffusers import DiffusionPipeline, FluxPipeline
 
     pipeline = DiffusionPipeline.from_pretrained(finished / "pipeline")
-    assert type(pipeline) is FluxPipeline and pipeline.tokenizer_2.model_max_length == train.TEXT_LENGTH
+    assert type(pipeline) is FluxPipeline and pipeline.tokenizer_2.model_max_length == text.TEXT_LENGTH
     call = {"height": 64, "width": 64, "num_inference_steps": 1, "max_sequence_length": 32, "output_type": "np"}
     images = pipeline("a red star", negative_prompt="", true_cfg_scale=2.0, **call).images
     assert images.shape == (1, 64, 64, 3) and np.isfinite(images).all()
@@ -64,37 +67,37 @@ def test_training_feeds_the_transformer_what_the_pipeline_feeds_it(finished) -> 
     pipeline = DiffusionPipeline.from_pretrained(finished / "pipeline")
     captions = ["a red star", "a small blue ring on the left, on a plain green background"]
     with torch.no_grad():
-        states, pooled = train.encode_text(pipeline, captions)
-        theirs, their_pooled, text_ids = pipeline.encode_prompt(captions, None, max_sequence_length=train.TEXT_LENGTH)
+        states, pooled = text.encode_text(pipeline, captions)
+        theirs, their_pooled, text_ids = pipeline.encode_prompt(captions, None, max_sequence_length=text.TEXT_LENGTH)
     assert torch.equal(states, theirs) and torch.equal(pooled, their_pooled)
-    ours_text, ours_image = train.position_ids("cpu")
+    ours_text, ours_image = architecture.position_ids("cpu")
     latents = torch.randn(1, 4, 32, 32)
     assert torch.equal(ours_text, text_ids)
     assert torch.equal(ours_image, pipeline._prepare_latent_image_ids(1, 16, 16, "cpu", torch.float32))
-    assert torch.equal(train.pack(latents), pipeline._pack_latents(latents, 1, 4, 32, 32))
+    assert torch.equal(architecture.pack(latents), pipeline._pack_latents(latents, 1, 4, 32, 32))
 
 
 def test_the_end_of_the_caption_is_where_clip_pools(finished) -> None:
     """Two captions that differ only in their last word have different pooled vectors."""
-    pipeline = train.build_pipeline(SMALL, 0)
-    _, pooled = train.encode_text(pipeline, ["a red star", "a red ring", "a red star"])
+    pipeline = architecture.build_pipeline(SMALL, 0)
+    _, pooled = text.encode_text(pipeline, ["a red star", "a red ring", "a red star"])
     assert_close(pooled[0], pooled[2])
     assert_apart(pooled[0], pooled[1])
 
 
 def test_probe_is_written_and_read_and_leaves_the_weights(finished, tmp_path) -> None:
-    data = train.load_probe(finished / "probe.safetensors")
-    assert list(data.train_step.values) == train.probe_steps(SMALL.steps)
+    data = load_probe(finished / "probe.safetensors")
+    assert list(data.train_step.values) == probe.probe_steps(SMALL.steps)
     assert data.score.dims == ("train_step", "sigma", "layer", "channel") and data.sizes["channel"] == 128
     assert list(data.block.values) == ["double 0", "single 0", "single 1"]
     again = tmp_path / "again.safetensors"
-    train.save_probe(data, again)
-    assert train.load_probe(again).identical(data)
+    probe.save_probe(data, again)
+    assert load_probe(again).identical(data)
 
 
 def test_nothing_is_planted_at_the_start() -> None:
     """Before training all gates are closed: every block passes its input through."""
-    pipeline = train.build_pipeline(SMALL, 0)
+    pipeline = architecture.build_pipeline(SMALL, 0)
     block = pipeline.transformer.transformer_blocks[0].eval()
     x, c, temb = torch.randn(1, 9, 128), torch.randn(1, 5, 128), torch.randn(1, 128)
     context, image = block(hidden_states=x, encoder_hidden_states=c, temb=temb)
@@ -103,12 +106,12 @@ def test_nothing_is_planted_at_the_start() -> None:
 
 def test_another_training_in_the_same_folder_is_refused(finished) -> None:
     for changed, seed in ((SMALL, 4), (replace(SMALL, learning_rate=1.0), 3), (replace(SMALL, steps=3), 3)):
-        with pytest.raises(ValueError, match="holds another training"):
+        with pytest.raises(ValueError, match="has another training"):
             train.train(changed, seed, finished, compiled=False)
 
 
 def test_probe_steps_and_schedule() -> None:
-    steps = train.probe_steps(4000)
+    steps = probe.probe_steps(4000)
     assert steps[0] == 0 and steps[-1] == 4000 and 38 <= len(steps) <= 40 and np.diff(steps).min() > 0
     preset = replace(PRESETS["mini"], steps=1000, warmup=100, decay_share=0.25)
     assert train._schedule(0, preset) == 0.01 and train._schedule(500, preset) == 1.0
@@ -178,11 +181,11 @@ def test_an_installed_training_goes_on_where_its_folder_is_lost(finished, tmp_pa
     train.train(longer, 3, out, compiled=False)
     rows = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
     assert rows == [6, 8, 10]
-    steps = train.load_probe(out / "probe.safetensors").train_step.values
+    steps = load_probe(out / "probe.safetensors").train_step.values
     assert steps[0] == 0 and steps[-1] == 10 and (np.diff(steps) > 0).all()
     plans = json.loads((out / "preset.json").read_text())["plans"]
     assert [(p["from"], p["steps"], p["shift"]) for p in plans] == [(0, 6, 3.0), (6, 10, 1.0)]
-    with pytest.raises(FileExistsError, match="holds a training"):
+    with pytest.raises(FileExistsError, match="contains a training"):
         train.revive(data, longer, 3, out)
     with pytest.raises(FileNotFoundError, match="seed 4"):
         train.revive(data, longer, 4, tmp_path / "other")
@@ -191,7 +194,7 @@ def test_an_installed_training_goes_on_where_its_folder_is_lost(finished, tmp_pa
 def test_the_noise_shift_moves_levels_as_stated() -> None:
     """Equal draws with and without shift: sigma / (1 - sigma) is multiplied by the shift."""
     latents = torch.zeros(4, 4, 32, 32)
-    plain, shifted = (train._draw(latents, replace(SMALL, shift=s, batch=64), 0, 0, "cpu")[2] for s in (1.0, 3.0))
+    plain, shifted = (train.draw_batch(latents, replace(SMALL, shift=s, batch=64), 0, 0, "cpu")[2] for s in (1.0, 3.0))
     assert_close(shifted / (1 - shifted), 3 * plain / (1 - plain))
 
 

@@ -1,8 +1,8 @@
-"""Semantic correspondence with features of a diffusion transformer (DiTF, arXiv 2505.18584), and how it is scored.
+"""Semantic correspondence with features of a diffusion transformer (DiTF, arXiv 2505.18584), and its evaluation.
 
-A feature is ``(1 + scale) * LayerNorm(z) + shift``: z the image tokens that enter a block, at one noise level, and scale and
-shift the AdaLN modulation of that block's first LayerNorm. The massive channels may be set to zero before the LayerNorm.
-Points are x and y in pixels; the middle of the first pixel is (0.5, 0.5).
+A feature is ``(1 + scale) * LayerNorm(z) + shift``: z the image tokens that enter a block, at one noise level, and scale
+and shift the AdaLN modulation of that block's first LayerNorm. The massive channels may be set to zero before the
+LayerNorm. Points are x and y in pixels; the centre of the first pixel is (0.5, 0.5).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import scenes
-from .cache import describe, key_of
-from .channels import Rule
-from .dit import DiT
-from .generation import Renoised
-from .records import HiddenStates, Modulation
+from ..cache import describe, key_of
+from ..dit import DiT
+from ..generation import Renoised
+from ..miniflux import scenes
+from ..records import HiddenStates, Modulation
+from ..rules import Rule
 
 if TYPE_CHECKING:
     import torch
@@ -34,14 +34,14 @@ KINDS = ("raw", "norm", "adaln")
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Two pictures and points that correspond.
+    """Two images and points that correspond.
 
     Attributes:
         source: uint8 (height, width, 3).
         target: uint8 (height, width, 3), perhaps of another size.
         source_points: (n, 2).
         target_points: (n, 2), in the same order.
-        box: (height, width) of the target's bounding box, the measure of what counts as near.
+        box: (height, width) of the target's bounding box, which sets the distance that counts as correct.
         category: what both show.
     """
 
@@ -54,27 +54,27 @@ class Pair:
 
 
 def scene_pairs(count: int, seed: int = 0) -> list[Pair]:
-    """The bundled benchmark: rendered scenes of one shape that differ in colour, size, position and background."""
+    """Return ``count`` pairs of rendered scenes, fixed by ``seed``: one shape, all other attributes different."""
     return [_scene_pair(*couple) for couple in scenes.correspondences(count, seed)]
 
 
 def _scene_pair(one: scenes.Scene, two: scenes.Scene) -> Pair:
-    pictures = [(scenes.render(s).image * 255).round().astype(np.uint8) for s in (one, two)]
+    images = [(scenes.render(s).image * 255).round().astype(np.uint8) for s in (one, two)]
     points = [scenes.key_points(s)[0] for s in (one, two)]
     width, height = np.ptp(points[1], axis=0)
-    return Pair(*pictures, *points, (height, width), one.subjects[0].shape)
+    return Pair(*images, *points, (height, width), one.subjects[0].shape)
 
 
 def spair(root: str | Path, split: str = "test", category: str | None = None) -> Iterator[Pair]:
-    """The pairs of SPair-71k in its own folder layout (``PairAnnotation/<split>/*.json``, ``JPEGImages/<category>/*.jpg``).
+    """Iterate over the pairs of SPair-71k, in its folder layout (``PairAnnotation/<split>/*.json``, ``JPEGImages``).
 
     Args:
-        root: the dataset's folder, given by the user.
+        root: the dataset's folder.
         split: "trn", "val" or "test".
-        category: e.g. "cat"; None for all.
+        category: for example "cat"; None for all.
 
     Raises:
-        FileNotFoundError: the folder holds no annotations of this split and category.
+        FileNotFoundError: the folder has no annotations of this split and category.
     """
     root = Path(root)
     for path in _annotations(root, split, f"*{category or ''}.json"):
@@ -82,8 +82,8 @@ def spair(root: str | Path, split: str = "test", category: str | None = None) ->
         folder = root / "JPEGImages" / about["category"]
         left, top, right, bottom = about["trg_bndbox"]
         yield Pair(
-            _picture(folder / about["src_imname"]),
-            _picture(folder / about["trg_imname"]),
+            _image(folder / about["src_imname"]),
+            _image(folder / about["trg_imname"]),
             np.asarray(about["src_kps"], float) + 0.5,
             np.asarray(about["trg_kps"], float) + 0.5,
             (bottom - top, right - left),
@@ -92,18 +92,18 @@ def spair(root: str | Path, split: str = "test", category: str | None = None) ->
 
 
 def ap10k(root: str | Path, split: str = "test", category: str | None = None) -> Iterator[Pair]:
-    """The pairs of AP-10K in the layout of the correspondence benchmark made from it.
+    """Iterate over the pairs of AP-10K, in the layout of the correspondence benchmark made from it.
 
-    ``PairAnnotation/<split>/*:<category>.json`` names two files of ``ImageAnnotation``, which lie like their pictures in
-    ``JPEGImages``. Points count that are visible in both; pairs without any are left out.
+    ``PairAnnotation/<split>/*:<category>.json`` names two files of ``ImageAnnotation``, whose images are in
+    ``JPEGImages``. Only points that are visible in both count; pairs without any are left out.
 
     Args:
-        root: the dataset's folder, given by the user.
-        split: as its folders are named, e.g. "test", "test_cross_species".
+        root: the dataset's folder.
+        split: named as its folders, such as "test" or "test_cross_species".
         category: a species; None for all.
 
     Raises:
-        FileNotFoundError: the folder holds no annotations of this split and category.
+        FileNotFoundError: the folder has no annotations of this split and category.
     """
     root = Path(root)
     for path in _annotations(root, split, f"*{':' + category if category else ''}.json"):
@@ -115,17 +115,17 @@ def ap10k(root: str | Path, split: str = "test", category: str | None = None) ->
         seen = (points[0][:, 2] > 0) & (points[1][:, 2] > 0)
         if not seen.any():
             continue
-        pictures = [Path(str(p).replace("ImageAnnotation", "JPEGImages")).with_suffix(".jpg") for p in places]
+        images = [Path(str(p).replace("ImageAnnotation", "JPEGImages")).with_suffix(".jpg") for p in places]
         yield Pair(
-            *(_picture(p) for p in pictures),
+            *(_image(p) for p in images),
             *(p[seen, :2] + 0.5 for p in points),
             (ends[1]["bbox"][3], ends[1]["bbox"][2]),
             path.stem.split(":")[-1],
         )
 
 
-def _picture(path: Path) -> np.ndarray:
-    """A picture as its points were set on it: not turned, not cropped."""
+def _image(path: Path) -> np.ndarray:
+    """A image as its points were set on it: not turned, not cropped."""
     from PIL import Image
 
     with Image.open(path) as opened:
@@ -133,19 +133,24 @@ def _picture(path: Path) -> np.ndarray:
 
 
 def _annotations(root: Path, split: str, pattern: str) -> list[Path]:
-    found = sorted((root / "PairAnnotation" / split).glob(pattern))
-    if not found:
+    paths = sorted((root / "PairAnnotation" / split).glob(pattern))
+    if not paths:
         raise FileNotFoundError(
             f"{root} holds no PairAnnotation/{split}/{pattern}; give the unpacked dataset's folder and one of its splits."
         )
-    return found
+    return paths
 
 
-def resized(pictures: Sequence[np.ndarray], side: int) -> np.ndarray:
-    """Pictures of any sizes as squares, uint8 (n, side, side, 3); relative places stay what they were."""
+def resized(images: Sequence[np.ndarray], side: int) -> np.ndarray:
+    """Resize images of any sizes to squares, uint8 (n, side, side, 3); relative positions stay the same.
+
+    Args:
+        images: uint8 (H, W, 3) each.
+        side: in pixels.
+    """
     from PIL import Image
 
-    squares = [Image.fromarray(x).resize((side, side), Image.Resampling.BICUBIC) for x in pictures]
+    squares = [Image.fromarray(x).resize((side, side), Image.Resampling.BICUBIC) for x in images]
     return np.stack([np.asarray(square) for square in squares])
 
 
@@ -158,32 +163,35 @@ def read(
     sigma: float = 0.26,
     ensemble: int = 8,
 ) -> xr.Dataset:
-    """What features are made of: one forward pass for each noise, averaged over the noises.
+    """Read what features are made of: one forward pass for each noise, averaged over the noises.
 
     Args:
-        dit: any model that pictures can enter.
+        dit: a model that images can enter.
         images: uint8 (B, height, width, 3), of one size.
-        prompts: what the pictures show, one for all or one a picture.
-        layers: blocks, counted over all block stacks; None for all, which of a large model is gigabytes a picture.
-        sigma: noise level in (0, 1]; the paper has 0.26 for FLUX.1.
-        ensemble: number of noises; every picture has its own, for one that source and target share would tell the features
-            where in the picture they are. The paper has 8.
+        prompts: descriptions of the images, one for all or one for each.
+        layers: blocks, counted over all block stacks; None for all, which takes gigabytes per image for a large model.
+        sigma: noise level in (0, 1]; the paper uses 0.26 for FLUX.1.
+        ensemble: number of noises; the paper uses 8. Every image has its own, because noise that source and target share
+            would reveal the position in the image.
 
     Returns:
-        ``tokens`` (picture, layer, token, channel), the image tokens that enter each block; ``shift`` and ``scale``
-        (picture, layer, channel), the modulation of its first LayerNorm, where it is known; the attribute ``grid``. The
-        means, not the single readings, are kept in the model's store.
+        ``tokens`` (image, layer, token, channel), the image tokens that enter each block; ``shift`` and ``scale``
+        (image, layer, channel), the modulation of its first LayerNorm, where it is known; the attribute ``grid``. The
+        means are kept in the model's store.
+
+    Raises:
+        ValueError: no noise, or no layer.
     """
     if ensemble < 1:
-        raise ValueError(f"ensemble is {ensemble}; it must be at least 1.")
-    asked = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
+        raise ValueError(f"ensemble={ensemble} has no noise; choose at least 1.")
+    texts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
     layers = [layers] if isinstance(layers, int) else range(len(dit.blocks)) if layers is None else layers
     layers = sorted(set(layers))
     if not layers:
-        raise ValueError("No layers were given; name at least one, or None for all.")
-    wanted = {"images": images, "prompts": asked, "layers": layers, "sigma": sigma, "ensemble": ensemble}
-    wanted["guidance"] = dit.preset.get("guidance")
-    key = key_of({"read": 1, **wanted, **dit.context})
+        raise ValueError("layers is empty; give at least one, or None for all.")
+    call = {"images": images, "prompts": texts, "layers": layers, "sigma": sigma, "ensemble": ensemble}
+    call["guidance"] = dit.preset.get("guidance")
+    key = key_of({"read": 1, **call, **dit.context})
     rows, columns = dit.grid(images.shape[1:3])
     if dit.store and (stored := dit.store.get(key)):
         return _states(stored[0], layers, (rows, columns))
@@ -192,45 +200,45 @@ def read(
     window = {"layers": tuple(layers), "branches": "cond"}
     record = [HiddenStates(point="input", max_bytes=LARGEST, **window), Modulation(**window)]
     one = record[0].size(1, 1, 1, len(dit.blocks), rows * columns, dit.width)
-    at_once, found = max(1, min(dit.batch_size, 2**30 // one)), []
-    for first in range(0, len(images), at_once):
-        part = slice(first, first + at_once)
+    count, parts = max(1, min(dit.batch_size, 2**30 // one)), []
+    for first in range(0, len(images), count):
+        part = slice(first, first + count)
         start, total = Renoised(images[part], sigma), None
-        for number in range(ensemble):  # averaged one by one, for the states of all noises at once would fill the memory
+        for number in range(ensemble):  # summed one by one: the states of all noises at once would fill the memory
             seeds = [ensemble * (first + i) + number for i in range(len(images[part]))]
-            run = reader.generate(asked[part], seeds, steps=1, cfg=1.0, start=start, record=record).records
+            run = reader.generate(texts[part], seeds, steps=1, cfg=1.0, start=start, record=record).records
             values = {"tokens": run.hidden_states.value}
             if "value" in run.modulation:
                 values |= {name: run.modulation.value.sel(gate=name, drop=True) for name in ("shift", "scale")}
             data = {name: v.isel(step=0, branch=0, drop=True).values for name, v in values.items()}
             total = {name: x + (total[name] if total else 0) for name, x in data.items()}
-        found.append({name: x / ensemble for name, x in total.items()})
-    arrays = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+        parts.append({name: x / ensemble for name, x in total.items()})
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     if dit.store:
-        dit.store.put(key, arrays, {"model": dit.name, "read": describe(wanted)})
+        dit.store.put(key, arrays, {"model": dit.name, "read": describe(call)})
     return _states(arrays, layers, (rows, columns))
 
 
 def _states(arrays: dict[str, np.ndarray], layers: list[int], grid: tuple[int, int]) -> xr.Dataset:
     import xarray as xr
 
-    axes = {"tokens": ("picture", "layer", "token", "channel")}
-    data = {name: (axes.get(name, ("picture", "layer", "channel")), values) for name, values in arrays.items()}
+    axes = {"tokens": ("image", "layer", "token", "channel")}
+    data = {name: (axes.get(name, ("image", "layer", "channel")), values) for name, values in arrays.items()}
     return xr.Dataset(data, coords={"layer": layers}, attrs={"grid": grid})
 
 
 def features(states: xr.Dataset, layer: int, kind: str = "adaln", discard: Rule | None = None) -> np.ndarray:
-    """Features of one block.
+    """Return the features of one block.
 
     Args:
-        states: of ``read``.
+        states: from ``read``.
         layer: the block.
-        kind: "raw", the tokens as they enter the block; "norm", after a LayerNorm; "adaln", after the block's own (the
-            paper's feature).
-        discard: which channels are set to zero before that, the same ones in all pictures (``selected``); None for none.
+        kind: "raw", the tokens that enter the block; "norm", after a LayerNorm; "adaln", after the block's own AdaLN
+            (the paper's feature).
+        discard: selection rule of the channels that are set to zero before that, the same in all images (``selected``).
 
     Returns:
-        float32 (picture, rows, columns, channels).
+        float32 (image, rows, columns, channels).
 
     Raises:
         ValueError: an unknown kind, or the block's modulation is not known for this architecture.
@@ -256,14 +264,14 @@ def features(states: xr.Dataset, layer: int, kind: str = "adaln", discard: Rule 
 
 
 def selected(states: xr.Dataset, layer: int, rule: Rule) -> np.ndarray:
-    """The channels that a rule selects once for all pictures, as DiTF's are fixed: both ends of a pair lose the same ones.
+    """Return the channels that a selection rule selects once for all images, as DiTF's are fixed.
 
-    Scores and energies are means over the pictures.
+    Scores and energies are means over the images.
 
     Args:
-        states: of ``read``.
+        states: from ``read``.
         layer: the block.
-        rule: which channels.
+        rule: selection rule.
 
     Returns:
         bool (channels,).
@@ -278,11 +286,11 @@ def selected(states: xr.Dataset, layer: int, rule: Rule) -> np.ndarray:
 
 def _check_layer(states: xr.Dataset, layer: int) -> None:
     if layer not in states.layer:
-        raise ValueError(f"Layer {layer} was not read; these states have {', '.join(map(str, states.layer.values))}.")
+        raise ValueError(f"Layer {layer} was not read; choose among {', '.join(map(str, states.layer.values))}.")
 
 
 def pixel_features(images: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """The plainest baseline: the pixels of each patch, less their mean over the picture.
+    """Return the simplest baseline: the pixels of each patch, minus their mean over the image.
 
     Args:
         images: uint8 (B, height, width, 3).
@@ -304,7 +312,9 @@ def similarity(
     source_size: tuple[int, int],
     target_size: tuple[int, int],
 ) -> np.ndarray:
-    """Cosine similarity of the source's features at points with the target's at every pixel, both bilinearly upsampled.
+    """Compute the cosine similarity of the source's features at points with the target's at every pixel.
+
+    Both are bilinearly upsampled.
 
     Args:
         source: (rows, columns, channels).
@@ -322,14 +332,14 @@ def similarity(
     wanted = torch.nn.functional.normalize(_sampled(source, torch.as_tensor(points), source_size), dim=1)
     middles = torch.cartesian_prod(torch.arange(height) + 0.5, torch.arange(width) + 0.5).flip(1)
     found = []
-    for part in middles.split(16384):  # a picture's upsampled features can take gigabytes
+    for part in middles.split(16384):  # an image's upsampled features can take gigabytes
         pixels = torch.nn.functional.normalize(_sampled(target, part, target_size), dim=1)
         found.append(wanted @ pixels.T)
     return torch.cat(found, dim=1).unflatten(1, (height, width)).numpy()
 
 
 def _sampled(values: np.ndarray, points: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Features (rows, columns, channels) at points (n, 2) of a picture of that size: (n, channels)."""
+    """Return features (rows, columns, channels) at points (n, 2) of an image of that size: (n, channels)."""
     import torch
 
     height, width = size
@@ -346,35 +356,56 @@ def match(
     source_size: tuple[int, int],
     target_size: tuple[int, int],
 ) -> np.ndarray:
-    """The target's pixel that is most similar to each point of the source: (n, 2). Arguments as of ``similarity``."""
+    """Return the target's pixel that is most similar to each point of the source.
+
+    Args:
+        source: (rows, columns, channels).
+        target: (rows, columns, channels).
+        points: (n, 2) in the source.
+        source_size: (height, width) of the source in pixels.
+        target_size: (height, width) of the target in pixels.
+
+    Returns:
+        (n, 2).
+    """
     maps = similarity(source, target, points, source_size, target_size)
     rows, columns = np.unravel_index(maps.reshape(len(maps), -1).argmax(1), maps.shape[1:])
     return np.stack([columns, rows], axis=1) + 0.5
 
 
-def hits(found: np.ndarray, truth: np.ndarray, box: tuple[float, float], alpha: float = 0.1) -> np.ndarray:
-    """Which matches lie within alpha times the longer side of the target's bounding box: bool (n,)."""
-    return np.linalg.norm(np.asarray(found) - truth, axis=1) <= alpha * max(box)
-
-
-def pck(couples: Iterable[tuple[Pair, np.ndarray, np.ndarray]], alpha: float | Sequence[float] = 0.1) -> xr.Dataset:
-    """Percentage of correct key points, by the protocol of SPair-71k.
+def hits(predicted: np.ndarray, truth: np.ndarray, box: tuple[float, float], alpha: float = 0.1) -> np.ndarray:
+    """Return which matches are within alpha times the longer side of the target's bounding box.
 
     Args:
-        couples: pairs, each with the features (rows, columns, channels) of its source and its target; read one by one.
+        predicted: (n, 2).
+        truth: (n, 2).
+        box: (height, width) in pixels.
+        alpha: threshold.
+
+    Returns:
+        bool (n,).
+    """
+    return np.linalg.norm(np.asarray(predicted) - truth, axis=1) <= alpha * max(box)
+
+
+def pck(pairs: Iterable[tuple[Pair, np.ndarray, np.ndarray]], alpha: float | Sequence[float] = 0.1) -> xr.Dataset:
+    """Compute the percentage of correct keypoints, by the protocol of SPair-71k.
+
+    Args:
+        pairs: pairs, each with the features (rows, columns, channels) of its source and its target; read one by one.
         alpha: one or several thresholds.
 
     Returns:
-        ``hits`` (pair, alpha) and ``points`` (pair), with ``category``: ``hits.sum("pair") / points.sum()`` is the PCK per
-        point, ``(hits / points).mean("pair")`` the one per image.
+        ``hits`` (pair, alpha) and ``points`` (pair), with ``category``: ``hits.sum("pair") / points.sum()`` is the PCK
+        per point, ``(hits / points).mean("pair")`` the PCK per image.
     """
     import xarray as xr
 
     alphas, counts, sizes, categories = np.atleast_1d(alpha), [], [], []
-    for pair, one, two in couples:
-        found = match(one, two, pair.source_points, pair.source.shape[:2], pair.target.shape[:2])
-        counts.append([hits(found, pair.target_points, pair.box, a).sum() for a in alphas])
-        sizes.append(len(found))
+    for pair, one, two in pairs:
+        predicted = match(one, two, pair.source_points, pair.source.shape[:2], pair.target.shape[:2])
+        counts.append([hits(predicted, pair.target_points, pair.box, a).sum() for a in alphas])
+        sizes.append(len(predicted))
         categories.append(pair.category)
     coords = {"alpha": alphas, "category": ("pair", categories)}
     return xr.Dataset({"hits": (("pair", "alpha"), np.array(counts)), "points": ("pair", sizes)}, coords)

@@ -1,8 +1,8 @@
-"""The judge: a small network that names the attributes of a scene, segments its subjects and gives features.
+"""The evaluator: a small network that names the attributes of a scene, segments its subjects and computes features.
 
-It is trained by ``python -m malib.train --judge`` on renderings alone, with noise, blur, empty scenes and mixtures of two
-scenes, so that "no subject here" is one of its answers. For mini-flux it plays the parts that CLIP, Inception and a
-background remover play for large models.
+``python -m malib.miniflux.train --evaluator`` trains it on renderings only, with noise, blur, empty scenes and mixtures
+of two scenes, so that "no subject here" is one of its answers. For mini-flux it has the role that CLIP, Inception and a
+segmenter have for large models.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HEADS = {
     "background": tuple(COLOURS),
     "pattern": PATTERNS,
 }
-"""The words of each head; shape, colour and size are told for each of the three positions."""
+"""The words of each head; shape, colour and size are predicted for each of the three positions."""
 SLOT_HEADS = ("shape", "colour", "size")
 _TRAINING, _FITTING, _MEASURING = 5_000_000, 2_100_000_000, 2_000_500_000
 """Where the scenes' seeds begin; those of mini-flux begin at 0 and its held-out ones at 2,000,000,000."""
@@ -47,12 +47,12 @@ def _block(inside: int, outside: int, stride: int = 1) -> nn.Sequential:
     )
 
 
-class Judge(nn.Module):
-    """A small U-Net that looks twice: at the whole image, and at each subject through its own mask.
+class Evaluator(nn.Module):
+    """A small U-Net that sees the whole image, and each subject through its own mask.
 
-    ``forward`` takes float (B, 3, 64, 64) in [0, 1] and returns logits by head: (B, 3, words) for shape, colour and size,
-    (B, words) for background and pattern; ``segments`` (B, 4, 64, 64) over background, left, center and right; and
-    ``features`` (B, 128). The logits are divided by a temperature, one a head, that was fitted after the training.
+    ``forward`` takes float (B, 3, 64, 64) in [0, 1] and returns logits by head: (B, 3, words) for shape, colour and
+    size, (B, words) for background and pattern; ``segments`` (B, 4, 64, 64) over background, left, center and right; and
+    ``features`` (B, 128). The logits are divided by a temperature for each head, fitted after the training.
     """
 
     def __init__(self, w: int = 24) -> None:
@@ -89,7 +89,7 @@ class Judge(nn.Module):
 
 
 def _under_masks(deep: Tensor, fine: Tensor, masks: Tensor) -> Tensor:
-    """Under each soft mask (B, 3, 64, 64): mean and maximum of deep features, mean of fine ones, and the area."""
+    """Return, under each soft mask (B, 3, 64, 64), mean and maximum of deep features, mean of fine ones, and area."""
     small = nn.functional.avg_pool2d(masks, masks.shape[-1] // deep.shape[-1])
     means = [
         torch.einsum("bshw,bchw->bsc", m, x.float()) / (m.sum((2, 3)) + 1)[..., None]
@@ -100,13 +100,13 @@ def _under_masks(deep: Tensor, fine: Tensor, masks: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What the judge says of images.
+class Prediction:
+    """What the evaluator predicts for images.
 
     Attributes:
         words: for each head an array of words, (B, 3) for shape, colour and size (left, center, right), else (B,).
         confidence: the probabilities of these words, same shapes.
-        masks: boolean (B, 64, 64), True where a subject, whichever, is likelier than the background.
+        masks: boolean (B, 64, 64), True where any subject is more probable than the background.
         features: float32 (B, 128).
     """
 
@@ -117,40 +117,40 @@ class Reading:
 
 
 @cache
-def load_judge(path: str | Path | None = None) -> Judge:
-    """The bundled judge, or one from a safetensors file."""
-    from .dit import data_folder
+def load_evaluator(path: str | Path | None = None) -> Evaluator:
+    """Return the bundled evaluator, or the one in a safetensors file."""
+    from ..presets import data_folder
 
-    judge = Judge()
-    judge.load_state_dict(
-        {k: v.float() for k, v in load_file(path or data_folder() / "judge" / "judge.safetensors").items()}
+    evaluator = Evaluator()
+    evaluator.load_state_dict(
+        {k: v.float() for k, v in load_file(path or data_folder() / "evaluator" / "evaluator.safetensors").items()}
     )
-    return judge.eval().requires_grad_(False)
+    return evaluator.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def read(images: np.ndarray, judge: Judge | None = None, batch_size: int = 64) -> Reading:
-    """Read images.
+def predict(images: np.ndarray, evaluator: Evaluator | None = None, batch_size: int = 64) -> Prediction:
+    """Predict the attributes, masks and features of images.
 
     Args:
         images: uint8 (B, 64, 64, 3).
-        judge: another judge than the bundled one.
+        evaluator: another evaluator than the bundled one.
         batch_size: images at once.
 
     Raises:
         ValueError: images of another shape or dtype.
     """
     if images.dtype != np.uint8 or images.shape[1:] != (64, 64, 3):
-        raise ValueError(f"The judge reads uint8 images (B, 64, 64, 3), not {images.dtype} {images.shape}.")
-    judge = judge or load_judge()
+        raise ValueError(f"Images are {images.dtype} {images.shape}; the evaluator takes uint8 (B, 64, 64, 3).")
+    evaluator = evaluator or load_evaluator()
     parts = []
     for start in range(0, len(images), batch_size):
         part = np.ascontiguousarray(images[start : start + batch_size])  # a reversed view has negative strides
         batch = torch.from_numpy(part).permute(0, 3, 1, 2).float() / 255
-        parts.append(judge(batch))
+        parts.append(evaluator(batch))
     found = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
     probability = {h: found[h].softmax(-1).max(-1) for h in HEADS}
-    return Reading(
+    return Prediction(
         {h: np.array(words)[probability[h].indices.numpy()] for h, words in HEADS.items()},
         {h: p.values.numpy() for h, p in probability.items()},
         (found["segments"].softmax(1)[:, 0] < 0.5).numpy(),
@@ -159,105 +159,119 @@ def read(images: np.ndarray, judge: Judge | None = None, batch_size: int = 64) -
 
 
 @torch.no_grad()
-def dense_features(images: np.ndarray, judge: Judge | None = None) -> np.ndarray:
-    """The judge's own map of features, a baseline for correspondence: uint8 (B, 64, 64, 3) -> float32 (B, 16, 16, 96)."""
-    judge, seen = judge or load_judge(), []
-    handle = judge.up[0].register_forward_hook(lambda module, args, output: seen.append(output))
+def dense_features(images: np.ndarray, evaluator: Evaluator | None = None) -> np.ndarray:
+    """Return the evaluator's own map of features, a baseline for correspondence.
+
+    Args:
+        images: uint8 (B, 64, 64, 3).
+        evaluator: another evaluator than the bundled one.
+
+    Returns:
+        float32 (B, 16, 16, 96).
+    """
+    evaluator, seen = evaluator or load_evaluator(), []
+    handle = evaluator.up[0].register_forward_hook(lambda module, args, output: seen.append(output))
     try:
-        read(images, judge)
+        predict(images, evaluator)
     finally:
         handle.remove()
     return torch.cat(seen).permute(0, 2, 3, 1).numpy()
 
 
-def prompt_accuracy(reading: Reading, asked: Sequence[Scene]) -> dict[str, np.ndarray]:
-    """Which attributes of each scene the images show.
+def prompt_adherence(prediction: Prediction, scenes_: Sequence[Scene]) -> dict[str, np.ndarray]:
+    """Return which attributes of each scene the images show.
+
+    Args:
+        prediction: for B images.
+        scenes_: the B scenes that the images should show.
 
     Returns:
-        Boolean (B,) by attribute: shape, colour and size hold when a subject is seen at each subject's position and they do;
-        position holds when there are subjects exactly where there should be; ``all`` when everything does.
+        Boolean (B,) by attribute: shape, colour and size are right when each subject's position has a subject with that
+        attribute; position is right when exactly the scene's positions have subjects; ``all`` when everything is right.
     """
-    found: dict[str, list[bool]] = {a: [] for a in ("shape", "colour", "size", "position", "background", "pattern")}
-    for i, scene in enumerate(asked):
+    hits: dict[str, list[bool]] = {a: [] for a in ("shape", "colour", "size", "position", "background", "pattern")}
+    for i, scene in enumerate(scenes_):
         slots = {POSITIONS.index(s.position): s for s in scene.subjects}
-        present = {p for p in range(len(POSITIONS)) if reading.words["shape"][i, p] != "none"}
+        present = {p for p in range(len(POSITIONS)) if prediction.words["shape"][i, p] != "none"}
         for head in SLOT_HEADS:
-            shown = [p in present and reading.words[head][i, p] == getattr(s, head) for p, s in slots.items()]
-            found[head].append(all(shown))
-        found["position"].append(present == set(slots))
-        found["background"].append(reading.words["background"][i] == scene.background)
-        found["pattern"].append(reading.words["pattern"][i] == scene.pattern)
-    result = {a: np.array(v, dtype=bool) for a, v in found.items()}
+            shown = [p in present and prediction.words[head][i, p] == getattr(s, head) for p, s in slots.items()]
+            hits[head].append(all(shown))
+        hits["position"].append(present == set(slots))
+        hits["background"].append(prediction.words["background"][i] == scene.background)
+        hits["pattern"].append(prediction.words["pattern"][i] == scene.pattern)
+    result = {a: np.array(v, dtype=bool) for a, v in hits.items()}
     return {**result, "all": np.logical_and.reduce(list(result.values()))}
 
 
-def train_judge(out: Path, seed: int = 0, steps: int = 4000, batch: int = 48, count: int = 24_000) -> dict[str, float]:
-    """Train the judge on renderings, fit its temperatures, and measure it on renderings that it has not seen.
+def train_evaluator(out: Path, seed: int = 0, steps: int = 4000, batch: int = 48, count: int = 24_000) -> dict[str, float]:
+    """Train the evaluator on renderings, fit its temperatures, and measure it on unseen renderings.
 
     Args:
-        out: folder for ``judge.safetensors`` and its card.
+        out: folder for ``evaluator.safetensors`` and its card.
         seed: fixes initialisation, scenes and distortions.
         steps: training steps.
-        batch: renderings in a step.
-        count: renderings in all, of every combination of attributes.
+        batch: renderings per step.
+        count: number of renderings, of every combination of attributes.
 
     Returns:
-        What ``measure_judge`` does.
+        The result of ``measure_evaluator``.
     """
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     images, labels, words = _drawn(seed * 10_000_000 + _TRAINING, count)
-    judge = Judge().to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.01)
+    evaluator = Evaluator().to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(evaluator.parameters(), lr=2e-3, weight_decay=0.01)
     rng = np.random.default_rng([seed, 17])
-    for step in tqdm(range(steps), desc="judge", mininterval=10, dynamic_ncols=True):
+    for step in tqdm(range(steps), desc="evaluator", mininterval=10, dynamic_ncols=True):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
         chosen = torch.from_numpy(rng.integers(count, size=batch))
-        loss = _loss(judge, *_distorted(images[chosen], labels[chosen], words[chosen], rng))
+        loss = _loss(evaluator, *_distorted(images[chosen], labels[chosen], words[chosen], rng))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(judge.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(evaluator.parameters(), 1.0)
         optimizer.step()
-    judge.eval()
-    _fit_temperatures(judge, seed)
-    save_file({k: v.half().contiguous() for k, v in judge.state_dict().items()}, out / "judge.safetensors")
-    return measure_judge(out, f"seed {seed}, {steps:,} steps of {batch} out of {count:,} renderings")
+    evaluator.eval()
+    _fit_temperatures(evaluator, seed)
+    save_file({k: v.half().contiguous() for k, v in evaluator.state_dict().items()}, out / "evaluator.safetensors")
+    return measure_evaluator(out, f"seed {seed}, {steps:,} steps of {batch} out of {count:,} renderings")
 
 
-def measure_judge(out: Path, training: str, count: int = 1000) -> dict[str, float]:
-    """Measure a stored judge on held-out renderings and write its card.
+def measure_evaluator(out: Path, training: str, count: int = 1000) -> dict[str, float]:
+    """Measure a stored evaluator on held-out renderings and write its card.
 
     Args:
-        out: folder with ``judge.safetensors``; the card is written beside it.
-        training: how it was trained, for the card.
-        count: renderings; once as they are, once distorted as in the training (but never mixed), and once without subject.
+        out: folder with ``evaluator.safetensors``, into which the card is written.
+        training: description of the training, for the card.
+        count: renderings; each once as it is, once distorted as in the training (but never mixed), and once without
+            subject.
 
     Returns:
-        Shares right by attribute, ``iou`` of the masks, ``none`` (share of empty scenes and of mixtures in which no position
-        holds a subject) and ``calibration`` (expected calibration error of the shape, as they are and distorted together).
+        Shares right by attribute, ``iou`` of the masks, ``none`` (share of empty scenes and of mixtures in which no
+        position has a subject) and ``calibration`` (expected calibration error of the shape, plain and distorted
+        renderings together).
     """
-    judge = load_judge(out / "judge.safetensors")
-    asked = [scenes.sample_scene(_MEASURING + i, unseen=bool(i % 2)) for i in range(count)]
-    drawn = [scenes.render(s) for s in asked]
-    masks, images = np.stack([d.mask for d in drawn]), np.stack([_bytes(d.image) for d in drawn])
+    evaluator = load_evaluator(out / "evaluator.safetensors")
+    chosen = [scenes.sample_scene(_MEASURING + i, unseen=bool(i % 2)) for i in range(count)]
+    renderings = [scenes.render(s) for s in chosen]
+    masks, images = np.stack([d.mask for d in renderings]), np.stack([_bytes(d.image) for d in renderings])
     rng = np.random.default_rng(0)
     noisy = _bytes(_noisy(torch.from_numpy(images), rng).permute(0, 2, 3, 1).numpy())
-    empty = np.stack([_bytes(scenes.empty(s)) for s in asked])
+    empty = np.stack([_bytes(scenes.empty(s)) for s in chosen])
     mixture = ((images.astype(np.uint16) + np.roll(images, 1, 0)) // 2).astype(np.uint8)
-    tables, told = {}, []
+    tables, calibration = {}, []
     for name, pixels in (("as they are", images), ("distorted", noisy)):
-        reading = read(pixels, judge)
-        iou = (reading.masks & masks).sum((1, 2)) / (reading.masks | masks).sum((1, 2))
-        hits = prompt_accuracy(reading, asked)
+        prediction = predict(pixels, evaluator)
+        iou = (prediction.masks & masks).sum((1, 2)) / (prediction.masks | masks).sum((1, 2))
+        hits = prompt_adherence(prediction, chosen)
         tables[name] = {k: float(v.mean()) for k, v in hits.items()} | {"iou": float(iou.mean())}
-        for i, scene in enumerate(asked):
+        for i, scene in enumerate(chosen):
             for subject in scene.subjects:
                 place = POSITIONS.index(subject.position)
-                right = reading.words["shape"][i, place] == subject.shape
-                told.append((float(reading.confidence["shape"][i, place]), float(right)))
-    nothing = {n: read(p, judge).words["shape"] == "none" for n, p in (("empty", empty), ("mixture", mixture))}
-    bins, error = reliability(*np.array(told).T)
+                right = prediction.words["shape"][i, place] == subject.shape
+                calibration.append((float(prediction.confidence["shape"][i, place]), float(right)))
+    nothing = {n: predict(p, evaluator).words["shape"] == "none" for n, p in (("empty", empty), ("mixture", mixture))}
+    bins, error = reliability(*np.array(calibration).T)
     result = {**tables["as they are"], "calibration": error} | {
         f"none, {n}": float(v.all(1).mean()) for n, v in nothing.items()
     }
@@ -266,15 +280,15 @@ def measure_judge(out: Path, training: str, count: int = 1000) -> dict[str, floa
 
 
 def reliability(confidence: np.ndarray, right: np.ndarray, bins: int = 10) -> tuple[list[dict[str, float]], float]:
-    """Reliability curve and expected calibration error (Guo et al., arXiv 1706.04599, eq. 3).
+    """Compute the reliability curve and the expected calibration error (Guo et al., arXiv 1706.04599, eq. 3).
 
     Args:
         confidence: (n,) in [0, 1].
         right: (n,) 0 or 1.
-        bins: of equal width.
+        bins: number of bins of equal width.
 
     Returns:
-        For each bin that holds something its ``n``, mean ``confidence`` and share ``right``; and the mean of their absolute
+        For each bin with entries its ``n``, mean ``confidence`` and share ``right``; and the mean of their absolute
         differences, weighted by n.
     """
     place = np.minimum((confidence * bins).astype(int), bins - 1)
@@ -294,11 +308,11 @@ def _card(
     return f"""---
 license: mit
 ---
-# The judge
+# The evaluator
 
-A small convolutional network (`malib/judge.py`) that names the attributes of a scene, segments its subjects and gives
-features. Trained on renderings alone by `python -m malib.train --judge` ({training}), stored in fp16. No weights come from
-elsewhere.
+A small convolutional network (`malib/miniflux/evaluator.py`) that names the attributes of a scene, segments its subjects
+and computes features. `python -m malib.miniflux.train --evaluator` ({training}) trains it on renderings alone; stored in
+fp16. No weights come from elsewhere.
 
 On {count} renderings that it has not seen, one or two subjects, half of them of combinations that mini-flux never saw;
 "distorted" with the noise, blur and light of its training:
@@ -327,7 +341,7 @@ def _bytes(image: np.ndarray) -> np.ndarray:
 
 
 def _job(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pixels, label map by position (0 none, 1 left, 2 center, 3 right), words as indices: 3 x (shape, colour, size), 2."""
+    """Return pixels, label map by position (0 none, 1 left, 2 center, 3 right), and word indices."""
     rng = np.random.default_rng([number, 3])
     scene = scenes.sample_scene(number, unseen=bool(rng.random() < 0.125))
     drawn = scenes.render(scene)
@@ -356,7 +370,7 @@ def _drawn(first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _noisy(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Blur, noise and light on uint8 (B, 64, 64, 3): float (B, 3, 64, 64) in [0, 1]."""
+    """Apply blur, noise and light to uint8 (B, 64, 64, 3): float (B, 3, 64, 64) in [0, 1]."""
     size = len(images)
 
     def column(values: np.ndarray) -> Tensor:
@@ -371,7 +385,7 @@ def _noisy(images: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def _distorted(images: Tensor, labels: Tensor, words: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise, blur and light; a tenth are even mixtures of two scenes, which show no clear subject ("none")."""
+    """Apply noise, blur and light; a tenth are even mixtures of two scenes, which show no clear subject ("none")."""
     x = _noisy(images, rng)
     mixed = torch.from_numpy(rng.random(len(x)) < 0.1)
     x = torch.where(mixed.view(-1, 1, 1, 1), (x + x.roll(1, 0)) / 2, x)
@@ -382,20 +396,20 @@ def _distorted(images: Tensor, labels: Tensor, words: Tensor, rng: np.random.Gen
     return x.contiguous(memory_format=torch.channels_last), labels, words
 
 
-def _loss(judge: nn.Module, images: Tensor, labels: Tensor, words: Tensor) -> Tensor:
+def _loss(evaluator: nn.Module, images: Tensor, labels: Tensor, words: Tensor) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
-        said = judge(images)
-    entropy, segments = nn.functional.cross_entropy, said["segments"].float()
+        output = evaluator(images)
+    entropy, segments = nn.functional.cross_entropy, output["segments"].float()
     loss = 4 * entropy(segments, labels, ignore_index=-100) + _outside(segments, labels)
     for number, head in enumerate(SLOT_HEADS):
-        loss = loss + entropy(said[head].float().flatten(0, 1), words[:, number:9:3].flatten(), ignore_index=-100)
+        loss = loss + entropy(output[head].float().flatten(0, 1), words[:, number:9:3].flatten(), ignore_index=-100)
     for number, head in enumerate(("background", "pattern"), 9):
-        loss = loss + 0.5 * entropy(said[head].float(), words[:, number], ignore_index=-100)
+        loss = loss + 0.5 * entropy(output[head].float(), words[:, number], ignore_index=-100)
     return loss
 
 
 def _outside(segments: Tensor, labels: Tensor) -> Tensor:
-    """1 - soft IoU of the subjects, the mean over images that show one: a small outline weighs as much as a large one."""
+    """Return 1 - soft IoU of the subjects, mean over the images with one, whatever its size."""
     truth = (labels > 0).float()
     found = (1 - segments.softmax(1)[:, 0]) * (labels >= 0)
     both, shown = (found * truth).sum((1, 2)), truth.sum((1, 2))
@@ -403,14 +417,14 @@ def _outside(segments: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _fit_temperatures(judge: Judge, seed: int, count: int = 1500) -> None:
-    """One temperature a head (Guo et al., arXiv 1706.04599) by a line search, on distorted renderings of their own."""
+def _fit_temperatures(evaluator: Evaluator, seed: int, count: int = 1500) -> None:
+    """Fit one temperature per head (Guo et al., arXiv 1706.04599) by a line search, on distorted renderings of their own."""
     images, labels, words = _drawn(_FITTING + seed * count, count)
     x, _, words = _distorted(images, labels, words, np.random.default_rng([seed, 19]))
-    parts = [judge(part) for part in x.split(64)]
+    parts = [evaluator(part) for part in x.split(64)]
     candidates = torch.logspace(-0.7, 0.7, 57)
     for number, head in enumerate(HEADS):
         logits = torch.cat([p[head] for p in parts]).float().flatten(0, -2)
         truth = (words[:, number:9:3] if head in SLOT_HEADS else words[:, 6 + number]).flatten()
         losses = torch.stack([nn.functional.cross_entropy(logits / t, truth, ignore_index=-100) for t in candidates])
-        judge.temperature[number] = candidates[losses.argmin()]
+        evaluator.temperature[number] = candidates[losses.argmin()]

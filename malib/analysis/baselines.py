@@ -1,6 +1,6 @@
-"""The image-conditioned methods that MAs-DiT (arXiv 2605.13974) compares with and diffusers ships.
+"""The image-conditioned methods that MAs-DiT (arXiv 2605.13974) compares with and that diffusers contains.
 
-Each needs trained weights of its own, which this project does not ship: a folder or a hub id names them.
+Each needs trained weights of its own, which this project does not ship: give a folder or a hub id.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .generation import check_pictures
+from ..generation import check_images
 
 if TYPE_CHECKING:
-    from .dit import DiT
+    from ..dit import DiT
 
 
 def ip_adapter(
@@ -27,13 +27,13 @@ def ip_adapter(
     scale: float = 1.0,
     **call: Any,
 ) -> np.ndarray:
-    """Pictures of prompts under an IP-Adapter (Ye et al., arXiv 2308.06721), which is taken off again afterwards.
+    """Generate images under an IP-Adapter (Ye et al., arXiv 2308.06721), which is removed afterwards.
 
     Args:
         dit: a FLUX.1 or SD3 model.
-        adapter: arguments of the pipeline's ``load_ip_adapter``: ``pretrained_model_name_or_path_or_dict``, ``weight_name``,
-            for FLUX.1 ``image_encoder_pretrained_model_name_or_path``.
-        images: references, uint8 (n, H, W, 3), one a prompt; the results have their size.
+        adapter: arguments of the pipeline's ``load_ip_adapter``: ``pretrained_model_name_or_path_or_dict``,
+            ``weight_name``, for FLUX.1 ``image_encoder_pretrained_model_name_or_path``.
+        images: references, uint8 (n, H, W, 3), one for each prompt; the results have their size.
         prompts: n prompts.
         seeds: n seeds, as of ``DiT.generate``.
         scale: strength of the adapter.
@@ -50,9 +50,9 @@ def ip_adapter(
 
     pipeline = dit.pipeline
     if not hasattr(pipeline, "load_ip_adapter"):
-        raise ValueError(f"diffusers has no IP-Adapter for {dit.name}; take a FLUX.1 or SD3 model.")
+        raise ValueError(f"diffusers has no IP-Adapter for {dit.name}; use a FLUX.1 or SD3 model.")
     if dit.offloaded:
-        raise ValueError("An IP-Adapter cannot be put on an offloaded model; open it without offload.")
+        raise ValueError("An IP-Adapter cannot be loaded into an offloaded model; open the model without offload.")
     _check(images, prompts, seeds)
     given = dict(adapter)
     if "image_encoder_dtype" in inspect.signature(pipeline.load_ip_adapter).parameters:
@@ -70,12 +70,14 @@ def ip_adapter(
     return (np.stack(found) * 255).round().astype(np.uint8)
 
 
-def edited(pipeline: Any, images: np.ndarray, prompts: Sequence[str], seeds: Sequence[int], *, steps: int) -> np.ndarray:
-    """Pictures that an editing pipeline makes of references by a prompt: Qwen-Image-Edit, FLUX.1 Kontext, ...
+def edit_images(
+    pipeline: Any, images: np.ndarray, prompts: Sequence[str], seeds: Sequence[int], *, steps: int
+) -> np.ndarray:
+    """Edit references by a prompt with an editing pipeline: Qwen-Image-Edit, FLUX.1 Kontext, ...
 
     Args:
-        pipeline: a diffusers pipeline whose call takes ``image`` and ``prompt``; its other settings are left as they are.
-        images: references, uint8 (n, H, W, 3), one a prompt; the results have their size.
+        pipeline: a diffusers pipeline whose call takes ``image`` and ``prompt``; its other settings stay as they are.
+        images: references, uint8 (n, H, W, 3), one for each prompt; the results have their size.
         prompts: n prompts.
         seeds: n seeds.
         steps: denoising steps.
@@ -84,14 +86,14 @@ def edited(pipeline: Any, images: np.ndarray, prompts: Sequence[str], seeds: Seq
         uint8 (n, H, W, 3).
 
     Raises:
-        ValueError: the pipeline takes no picture, or unequal numbers were given.
+        ValueError: the pipeline takes no image, or unequal numbers were given.
     """
     import torch
     from PIL import Image, ImageOps
 
     known = inspect.signature(pipeline.__call__).parameters
     if not {"image", "prompt"} <= set(known):
-        raise ValueError(f"{type(pipeline).__name__} takes no picture to edit; take one such as Qwen-Image-Edit.")
+        raise ValueError(f"{type(pipeline).__name__} takes no image to edit; use one such as Qwen-Image-Edit.")
     _check(images, prompts, seeds)
     height, width = images.shape[1:3]
     wanted = {"height": height, "width": width, "max_area": height * width, "_auto_resize": False, "negative_prompt": " "}
@@ -105,7 +107,7 @@ def edited(pipeline: Any, images: np.ndarray, prompts: Sequence[str], seeds: Seq
 
 
 def _check(images: np.ndarray, prompts: Sequence[str], seeds: Sequence[int]) -> None:
-    check_pictures(images)
+    check_images(images)
     if not len(images) == len(prompts) == len(seeds):
         raise ValueError(
             f"{len(images)} references, {len(prompts)} prompts and {len(seeds)} seeds were given; give as many of each."

@@ -1,7 +1,7 @@
-"""``make bench``: what reading costs. Ratios to plain generation, the contestants alternating in one run; memory; the cache.
+"""``make bench``: what reading costs. Ratios to plain generation, the methods alternating in one run; memory; the cache.
 
-Timings are ratios within one round, so that a noisy machine slows all contestants alike. Peak memory is that of a process of
-its own for each contestant.
+Timings are ratios within one round, so that a noisy machine slows all methods alike. Peak memory is that of a process of
+its own for each method.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .cache import Store
-from .channels import TopK
-from .dit import BUNDLED, data_folder, load, versions
-from .edits import Transport
-from .metrics import bootstrap
-from .records import ChannelStats, HiddenStates
-from .spatial import kmeans, min_max
+from malib.analysis.statistics import bootstrap
+from malib.cache import Store
+from malib.edits import Transport
+from malib.fingerprint import versions
+from malib.loading import load
+from malib.presets import BUNDLED, data_folder
+from malib.records import ChannelStats, HiddenStates
+from malib.rules import TopK
+from malib.spatial import kmeans, min_max
 
 if TYPE_CHECKING:
-    from .dit import DiT
-    from .generation import Generation
+    from malib.dit import DiT
+    from malib.generation import Generation
 
 MARKS = "<!-- bench -->", "<!-- /bench -->"
 _MEMORY_STEPS = 4
@@ -99,7 +101,7 @@ def transport_replayed(dit: DiT, prompts: list[str], steps: int) -> None:
     dit.generate(prompts, steps=steps, edits=[Transport(TopK(8), _source(dit, tuple(prompts), steps))])
 
 
-CONTESTANTS: dict[str, Callable[[DiT, list[str], int], None]] = {
+METHODS: dict[str, Callable[[DiT, list[str], int], None]] = {
     "plain generation": plain,
     "malib, running means": running_means,
     "malib, every sample": every_sample,
@@ -111,23 +113,23 @@ CONTESTANTS: dict[str, Callable[[DiT, list[str], int], None]] = {
 _TWICE = ("malib, transport, paired",)
 
 
-def race(dit: DiT, prompts: list[str], steps: int, rounds: int, names: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
-    """Seconds of each contestant in each round, and their ratio to plain generation with its 95 % interval.
+def benchmark(dit: DiT, prompts: list[str], steps: int, rounds: int, names: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """Seconds of each method in each round, and their ratio to plain generation with its 95 % interval.
 
-    A paired transport draws its sources, too, and is held against plain generation of twice the pictures.
+    A paired transport generates its sources, too, and is compared with plain generation of twice the pictures.
 
     Args:
         dit: the model.
         prompts: one a picture.
         steps: denoising steps.
         rounds: after one that warms up.
-        names: some of ``CONTESTANTS``, "plain generation" among them; () for all whose library is installed.
+        names: some of ``METHODS``, "plain generation" among them; () for all whose library is installed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in names or _present()}
     for number in range(rounds + 1):
         for name in seconds:
             began = time.perf_counter()
-            CONTESTANTS[name](dit, prompts, steps)
+            METHODS[name](dit, prompts, steps)
             if number:  # the first round warms up
                 seconds[name].append(time.perf_counter() - began)
     base, rows = np.array(seconds["plain generation"]), {}
@@ -138,11 +140,21 @@ def race(dit: DiT, prompts: list[str], steps: int, rounds: int, names: Sequence[
 
 
 def memory(model: str, device: str | None, counts: list[int]) -> dict[str, dict[str, float]]:
-    """Peak memory in MiB by contestant and number of prompts, each in a process of its own."""
+    """Peak memory in MiB by method and number of prompts, each in a process of its own."""
     found: dict[str, dict[str, float]] = {}
     for name in _present():
         for count in counts:
-            command = [sys.executable, "-m", "malib.bench", "--peak", name, "--model", model, "--samples", str(count)]
+            command = [
+                sys.executable,
+                "-m",
+                "tests.benchmarks.bench",
+                "--peak",
+                name,
+                "--model",
+                model,
+                "--samples",
+                str(count),
+            ]
             out = subprocess.run(
                 command + (["--device", device] if device else []), check=True, capture_output=True, text=True
             )
@@ -151,9 +163,9 @@ def memory(model: str, device: str | None, counts: list[int]) -> dict[str, dict[
 
 
 def peak(name: str, model: str, device: str | None, samples: int) -> float:
-    """Peak memory of this process, or of its GPU, in MiB, after one contestant has run."""
+    """Peak memory of this process, or of its GPU, in MiB, after one method has run."""
     dit = load(model, device=device, cache=False)
-    CONTESTANTS[name](dit, _prompts(dit, samples), _MEMORY_STEPS)
+    METHODS[name](dit, _prompts(dit, samples), _MEMORY_STEPS)
     if dit.device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")
@@ -209,7 +221,7 @@ def two_means(dit: DiT, prompts: list[str], steps: int, rounds: int) -> dict[str
     }
 
 
-def first_picture() -> dict[str, float]:
+def first_image() -> dict[str, float]:
     """Seconds in a fresh interpreter: ``import malib`` alone, and until the first picture of 20 guided steps is there."""
     code = (
         "import time; began = time.perf_counter(); import malib; imported = time.perf_counter() - began; "
@@ -271,12 +283,12 @@ def _inertia(points: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _present() -> list[str]:
-    """The contestants whose library is installed; nnsight comes with the extra "bench"."""
+    """The methods whose library is installed; nnsight comes with the extra "bench"."""
     try:
         import nnsight  # noqa: F401
     except ImportError:
-        return [name for name in CONTESTANTS if "nnsight" not in name]
-    return list(CONTESTANTS)
+        return [name for name in METHODS if "nnsight" not in name]
+    return list(METHODS)
 
 
 @cache
@@ -299,8 +311,8 @@ def _prompts(dit: DiT, count: int) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line: ``python -m malib.bench``."""
-    parser = argparse.ArgumentParser(prog="python -m malib.bench", description=__doc__.splitlines()[0])
+    """Command line: ``python -m tests.benchmarks.bench``."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=BUNDLED)
     parser.add_argument("--device")
     parser.add_argument("--samples", type=int, default=8)
@@ -308,7 +320,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("figures/benchmark.json"))
     parser.add_argument("--readme", type=Path, help="put the table between the marks of this file")
-    parser.add_argument("--peak", choices=CONTESTANTS, help="only print the peak memory of one contestant")
+    parser.add_argument("--peak", choices=METHODS, help="only print the peak memory of one method")
     args = parser.parse_args(argv)
     if args.peak:
         print(peak(args.peak, args.model, args.device, args.samples))
@@ -320,10 +332,10 @@ def main(argv: list[str] | None = None) -> None:
         "samples": args.samples,
         "steps": args.steps,
         "rounds": args.rounds,
-        "rows": race(dit, prompts, args.steps, args.rounds),
+        "rows": benchmark(dit, prompts, args.steps, args.rounds),
         "memory": memory(args.model, args.device, [8, 32, 128]),
         "cache": cache_times(dit, prompts, args.steps),
-        "start": first_picture(),
+        "start": first_image(),
         "two_means": two_means(dit, prompts, _MEMORY_STEPS, args.rounds),
         "versions": versions(),
     }

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .bench import CONTESTANTS, publish, race
-from .dit import DiT, versions
-from .records import ChannelStats
-from .train import word_tokenizer
+from malib.dit import DiT
+from malib.fingerprint import versions
+from malib.miniflux.text import word_tokenizer
+from malib.records import ChannelStats
+
+from .bench import METHODS, benchmark, publish
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -24,11 +26,11 @@ MARKS = "<!-- scale -->", "<!-- /scale -->"
 ALL_BLOCKS = 19, 38
 """Double and single blocks of FLUX.1-dev."""
 SHARE = 1, 2
-"""The blocks of a race on the CPU."""
+"""The blocks of a benchmark on the CPU."""
 SIDE, TEXT = 1024, 512
 STEPS = 28
-"""Of a picture, for the memory; the race takes fewer."""
-_RACERS = tuple(CONTESTANTS)[:3]
+"""Of a picture, for the memory; the benchmark takes fewer."""
+_METHODS = tuple(METHODS)[:3]
 
 
 def build(blocks: tuple[int, int], device: str) -> FluxPipeline:
@@ -71,15 +73,15 @@ def build(blocks: tuple[int, int], device: str) -> FluxPipeline:
 
 
 def measure(device: str, rounds: int, steps: int) -> dict[str, Any]:
-    """The race at true size, and what the record of a whole picture holds.
+    """The benchmark at true size, and what the record of a whole picture holds.
 
     Args:
         device: "cpu" or "cuda".
         rounds: after one that warms up.
-        steps: denoising steps of the pictures in the race.
+        steps: denoising steps of the images in the benchmark.
 
     Returns:
-        ``rows`` as of ``bench.race``, on a GPU with the ``peak`` memory in MiB; ``record``, MiB of the statistics of one
+        ``rows`` as of ``benchmark``, on a GPU with the ``peak`` memory in MiB; ``record``, MiB of the statistics of one
         picture of 28 steps at all 57 blocks.
     """
     gpu = device.startswith("cuda")
@@ -87,11 +89,11 @@ def measure(device: str, rounds: int, steps: int) -> dict[str, Any]:
     dit = DiT(build(blocks, device), name="FLUX.1-dev's width", batch_size=1)
     prompts = ["a large red star on the left"]
     found = {"model": repr(dit), "blocks": blocks, "side": SIDE, "text": TEXT, "steps": steps, "rounds": rounds}
-    found["rows"] = race(dit, prompts, steps, rounds, _RACERS)
+    found["rows"] = benchmark(dit, prompts, steps, rounds, _METHODS)
     if gpu:
-        for name in _RACERS:
+        for name in _METHODS:
             torch.cuda.reset_peak_memory_stats()
-            CONTESTANTS[name](dit, prompts, steps)
+            METHODS[name](dit, prompts, steps)
             found["rows"][name]["peak"] = torch.cuda.max_memory_allocated() / 2**20
     size = ChannelStats().size(samples=1, steps=STEPS, layers=sum(ALL_BLOCKS), channels=dit.width, tokens=4096, branches=1)
     return {**found, "record": size / 2**20, "versions": versions()}
@@ -118,8 +120,8 @@ def table(document: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line: ``python -m malib.scale``."""
-    parser = argparse.ArgumentParser(prog="python -m malib.scale", description=__doc__.splitlines()[0])
+    """Command line: ``python -m tests.benchmarks.scale``."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.scale", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2)

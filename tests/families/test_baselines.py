@@ -11,7 +11,8 @@ from diffusers import FluxKontextPipeline, QwenImageEditPipeline
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from malib import DiT, rivals
+from malib import DiT
+from malib.analysis import baselines
 
 from .. import architectures
 
@@ -49,10 +50,10 @@ def adapter(flux_dit: DiT, tmp_path: Path) -> dict[str, str]:
 def test_an_ip_adapter_reads_the_reference_and_leaves_the_model_as_it_was(flux_dit: DiT, adapter: dict[str, str]) -> None:
     call = {"steps": 2, "cfg": 2.0}
     before, plain, images = flux_dit.fingerprint, flux_dit.generate(PROMPTS, SEEDS, **call).images, references(flux_dit)
-    found = rivals.ip_adapter(flux_dit, adapter, images, PROMPTS, SEEDS, **call)
-    other = rivals.ip_adapter(flux_dit, adapter, images[::-1].copy(), PROMPTS, SEEDS, **call)
+    found = baselines.ip_adapter(flux_dit, adapter, images, PROMPTS, SEEDS, **call)
+    other = baselines.ip_adapter(flux_dit, adapter, images[::-1].copy(), PROMPTS, SEEDS, **call)
     assert found.shape == plain.shape and (found != plain).any() and (found != other).any()
-    off = rivals.ip_adapter(flux_dit, adapter, images, PROMPTS, SEEDS, scale=0.0, **call)
+    off = baselines.ip_adapter(flux_dit, adapter, images, PROMPTS, SEEDS, scale=0.0, **call)
     assert np.abs(off.astype(int) - plain).max() <= 1
     assert flux_dit.fingerprint == before and (flux_dit.generate(PROMPTS, SEEDS, **call).images == plain).all()
 
@@ -60,30 +61,30 @@ def test_an_ip_adapter_reads_the_reference_and_leaves_the_model_as_it_was(flux_d
 def test_an_adapter_that_fails_is_taken_off_too(flux_dit: DiT, adapter: dict[str, str]) -> None:
     before = flux_dit.fingerprint
     with pytest.raises(ValueError, match="must be non-negative"):
-        rivals.ip_adapter(flux_dit, adapter, references(flux_dit), PROMPTS, SEEDS, steps=-1)
+        baselines.ip_adapter(flux_dit, adapter, references(flux_dit), PROMPTS, SEEDS, steps=-1)
     assert flux_dit.fingerprint == before
 
 
 def test_an_adapter_that_does_not_fit_leaves_nothing_behind(flux_dit: DiT, adapter: dict[str, str], tmp_path: Path) -> None:
     before, images, place = flux_dit.fingerprint, references(flux_dit), tmp_path / "ip.safetensors"
-    good = rivals.ip_adapter(flux_dit, adapter, images, PROMPTS, SEEDS, steps=2)
+    good = baselines.ip_adapter(flux_dit, adapter, images, PROMPTS, SEEDS, steps=2)
     weights = load_file(place)
     save_file({n: x for n, x in weights.items() if "to_v_ip" not in n}, place)
     with pytest.raises(KeyError):
-        rivals.ip_adapter(flux_dit, adapter, images, PROMPTS, SEEDS, steps=2)
+        baselines.ip_adapter(flux_dit, adapter, images, PROMPTS, SEEDS, steps=2)
     assert flux_dit.fingerprint == before and flux_dit.pipeline.image_encoder is None
     save_file(weights, place)
-    assert (rivals.ip_adapter(flux_dit, adapter, images, PROMPTS, SEEDS, steps=2) == good).all()
+    assert (baselines.ip_adapter(flux_dit, adapter, images, PROMPTS, SEEDS, steps=2) == good).all()
 
 
 def test_what_has_no_adapter_says_so(flux_dit: DiT) -> None:
     dit = DiT(architectures.build("sana"))
     with pytest.raises(ValueError, match="has no IP-Adapter for"):
-        rivals.ip_adapter(dit, {}, references(dit), PROMPTS, SEEDS)
+        baselines.ip_adapter(dit, {}, references(dit), PROMPTS, SEEDS)
     with pytest.raises(ValueError, match="as many of each"):
-        rivals.ip_adapter(flux_dit, {}, references(flux_dit, 1), PROMPTS, SEEDS)
-    with pytest.raises(ValueError, match="takes no picture to edit"):
-        rivals.edited(flux_dit.pipeline, references(flux_dit), PROMPTS, SEEDS, steps=2)
+        baselines.ip_adapter(flux_dit, {}, references(flux_dit, 1), PROMPTS, SEEDS)
+    with pytest.raises(ValueError, match="takes no image to edit"):
+        baselines.edit_images(flux_dit.pipeline, references(flux_dit), PROMPTS, SEEDS, steps=2)
 
 
 @pytest.mark.parametrize("name", ["kontext", "qwen"])
@@ -99,7 +100,7 @@ def test_an_editing_pipeline_gives_a_picture_for_every_reference(name: str, monk
         pipeline.encode_prompt = lambda image, prompt, **kwargs: read(prompt, **kwargs)
     pipeline.set_progress_bar_config(disable=True)
     images = references(DiT(own))
-    found = rivals.edited(pipeline, images, PROMPTS, SEEDS, steps=2)
+    found = baselines.edit_images(pipeline, images, PROMPTS, SEEDS, steps=2)
     assert found.shape == images.shape and found.dtype == np.uint8
-    assert (found[0] != rivals.edited(pipeline, images[::-1].copy(), PROMPTS, SEEDS, steps=2)[0]).any()
-    assert (found[1] == rivals.edited(pipeline, images[1:], PROMPTS[1:], SEEDS[1:], steps=2)[0]).all()
+    assert (found[0] != baselines.edit_images(pipeline, images[::-1].copy(), PROMPTS, SEEDS, steps=2)[0]).any()
+    assert (found[1] == baselines.edit_images(pipeline, images[1:], PROMPTS[1:], SEEDS[1:], steps=2)[0]).all()

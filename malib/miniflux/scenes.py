@@ -1,14 +1,18 @@
-"""Captioned 64 x 64 scenes with exact masks: the whole world that mini-flux knows.
+"""Captioned 64 x 64 scenes with exact masks: the world of mini-flux.
 
-A scene is one or two shaded subjects on a textured background. Everything about it follows from its attributes and one
-integer seed, so captions, images and masks can be made again at any time and are never stored.
+A scene is one or two shaded subjects on a patterned background. It follows from its attributes and one integer seed, so
+captions, images and masks are recomputed when needed and never stored.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from ..dit import DiT
 
 SIZE = 64
 COLOURS = {
@@ -90,9 +94,9 @@ class Subject:
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two subjects on a background; ``seed`` fixes all that the caption leaves open (exact place, angle, light).
+    """One or two subjects on a background; ``seed`` fixes all that the caption leaves open (exact position, angle, light).
 
-    Two subjects must stand in different positions.
+    Two subjects have different positions.
     """
 
     subjects: tuple[Subject, ...]
@@ -102,16 +106,16 @@ class Scene:
 
     def __post_init__(self) -> None:
         if len(self.subjects) not in (1, 2):
-            raise ValueError(f"A scene has one or two subjects, not {len(self.subjects)}.")
+            raise ValueError(f"{len(self.subjects)} subjects were given; a scene has one or two.")
         if len({s.position for s in self.subjects}) < len(self.subjects):
-            raise ValueError("Two subjects cannot share a position; give them two of left, center and right.")
+            raise ValueError("Two subjects have the same position; give them two of left, center and right.")
         for value, allowed in ((self.pattern, PATTERNS), (self.background, COLOURS)):
             if value not in allowed:
                 raise ValueError(f"'{value}' is not one of {', '.join(allowed)}; use one of these words.")
 
     @property
     def caption(self) -> str:
-        """The canonical caption, with every attribute named."""
+        """The canonical caption, which names every attribute."""
         who = " and ".join(_noun_phrase(s) for s in self.subjects)
         return f"{who}, on {_with_article(f'{self.pattern} {self.background} background')}"
 
@@ -130,7 +134,7 @@ class Rendering:
 
 
 def held_out(subject: Subject) -> bool:
-    """True for the one colour in eight that never occurs in training for the subject's size, shape and position."""
+    """Return True for the one colour in eight that never occurs in training for the subject's size, shape and position."""
     code = (
         list(COLOURS).index(subject.colour)
         + 2 * SHAPES.index(subject.shape)
@@ -162,7 +166,12 @@ def sample_scene(seed: int, subjects: int | None = None, unseen: bool = False) -
 
 
 def paraphrase(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption as a person might type it: words dropped, put in another order, or replaced by synonyms."""
+    """Vary the caption: words omitted, reordered, or replaced by synonyms.
+
+    Args:
+        scene: the scene.
+        rng: decides about the variation.
+    """
     drop = dict(zip(("size", "colour", "position"), rng.random(3) < (0.12, 0.04, 0.12), strict=True))
     style = rng.random()
     phrases = [_noun_phrase(s, drop, position_first=0.85 < style <= 0.92) for s in scene.subjects]
@@ -189,10 +198,10 @@ def paraphrase(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def render(scene: Scene) -> Rendering:
-    """Draw a scene, anti-aliased from signed distances, with light, rim, highlight and shadow.
+    """Render a scene, anti-aliased from signed distances, with light, rim, highlight and shadow.
 
     Returns:
-        The image in [0, 1] and the exact label map (a pixel belongs to a subject when its centre lies inside it).
+        The image in [0, 1] and the exact label map (a pixel belongs to a subject when its centre is inside of it).
     """
     rng = np.random.default_rng([scene.seed, 11])
     image = _background(scene, rng)
@@ -210,15 +219,15 @@ def render(scene: Scene) -> Rendering:
 
 
 def key_points(scene: Scene) -> list[np.ndarray]:
-    """Points of each subject that every picture of its shape has, in one order; exact, from the numbers it is drawn from.
+    """Return the points of each subject that every image of its shape has, in one order, exact.
 
     Returns:
-        For each subject (n, 2): x and y in pixels, the middle of the first pixel being (0.5, 0.5). Of a circle and a ring
-        the four outermost points (and the ring's four innermost), of all others the corners. No shape is turned by more
-        than 9 degrees, so that the points of those that look the same after a turn can be told from each other.
+        For each subject (n, 2): x and y in pixels; the centre of the first pixel is (0.5, 0.5). Of a circle and a ring
+        the four outermost points (and the ring's four innermost), of all others the corners. No shape is rotated by more
+        than 9 degrees, so that points that look the same after a rotation can be distinguished.
     """
     rng = np.random.default_rng([scene.seed, 11])
-    _background(scene, rng)  # draws from rng what comes before the subjects
+    _background(scene, rng)  # advances rng as render does
     found = []
     for subject, centre in zip(scene.subjects, _centres(scene, rng), strict=True):
         radius, angle = rng.uniform(*_RADIUS[subject.size]), np.deg2rad(rng.uniform(-9, 9))
@@ -232,9 +241,11 @@ def key_points(scene: Scene) -> list[np.ndarray]:
 
 
 def correspondences(count: int, seed: int = 0) -> list[tuple[Scene, Scene]]:
-    """``count`` pairs of one-subject scenes with the same shape and all else different, fixed by ``seed``.
+    """Return pairs of one-subject scenes with the same shape and all else different; the shapes alternate.
 
-    A longer list begins with the shorter one; the shapes take turns.
+    Args:
+        count: number of pairs; a longer list begins with the shorter one.
+        seed: of the choice.
     """
     found: list[tuple[Scene, Scene]] = []
     index = 0
@@ -250,12 +261,19 @@ def correspondences(count: int, seed: int = 0) -> list[tuple[Scene, Scene]]:
 
 
 def empty(scene: Scene) -> np.ndarray:
-    """The background of a scene without its subjects; float32 (64, 64, 3) in [0, 1]."""
+    """Render the background of a scene without its subjects; float32 (64, 64, 3) in [0, 1]."""
     return np.clip(_background(scene, np.random.default_rng([scene.seed, 11])), 0, 1).astype(np.float32)
 
 
 def gallery(count: int, seed: int = 0, subjects: int | None = 1, unseen: bool = False) -> list[Scene]:
-    """``count`` scenes with different canonical captions, fixed by ``seed``; a longer list begins with the shorter one."""
+    """Return scenes with different canonical captions.
+
+    Args:
+        count: number of scenes; a longer list begins with the shorter one.
+        seed: of the choice.
+        subjects: 1 or 2 per scene; None for both.
+        unseen: only combinations that never occur in training.
+    """
     found: dict[str, Scene] = {}
     index = 0
     while len(found) < count:
@@ -266,24 +284,28 @@ def gallery(count: int, seed: int = 0, subjects: int | None = 1, unseen: bool = 
 
 
 def pairs(count: int, seed: int = 0) -> list[tuple[Scene, Scene]]:
-    """``count`` pairs (target, source) of one-subject scenes that differ in every attribute, fixed by ``seed``.
+    """Return pairs (target, source) of one-subject scenes that differ in every attribute.
 
-    The source's subject would be visible on the target's background. A longer list begins with the shorter one.
+    The source's subject would be visible on the target's background.
+
+    Args:
+        count: number of pairs; a longer list begins with the shorter one.
+        seed: of the choice.
     """
     found: list[tuple[Scene, Scene]] = []
     index = 0
     while len(found) < count:
         first = 1_700_000_000 + seed * 1_000_003 + 2 * index
         target, source = sample_scene(first, 1), sample_scene(first + 1, 1)
-        told = zip(attributes(target), attributes(source), strict=True)
-        if all(a != b for a, b in told) and source.subjects[0].colour != target.background:
+        both = zip(attributes(target), attributes(source), strict=True)
+        if all(a != b for a, b in both) and source.subjects[0].colour != target.background:
             found.append((target, source))
         index += 1
     return found
 
 
 def variants(count: int, attribute: str, seed: int = 0) -> list[tuple[Scene, Scene]]:
-    """``count`` pairs (target, source) of one-subject scenes that differ in one attribute alone, fixed by ``seed``.
+    """Return pairs (target, source) of one-subject scenes that differ in one attribute only.
 
     Args:
         count: number of pairs; a longer list begins with the shorter one.
@@ -294,14 +316,14 @@ def variants(count: int, attribute: str, seed: int = 0) -> list[tuple[Scene, Sce
         ValueError: an unknown attribute.
     """
     words = {"shape": SHAPES, "colour": tuple(COLOURS), "size": SIZES, "position": POSITIONS}
-    grounds = {"background": tuple(COLOURS), "pattern": PATTERNS}
-    if attribute not in words | grounds:
-        raise ValueError(f"'{attribute}' is no attribute of a scene; use one of {', '.join(words | grounds)}.")
+    backgrounds = {"background": tuple(COLOURS), "pattern": PATTERNS}
+    if attribute not in words | backgrounds:
+        raise ValueError(f"'{attribute}' is not an attribute of a scene; use {', '.join(words | backgrounds)}.")
     rng, found = np.random.default_rng([seed, 23]), []
     for target in gallery(count, 100 + seed):
-        subject, ground = target.subjects[0], target.background
+        subject, colour = target.subjects[0], target.background
         now = getattr(subject if attribute in words else target, attribute)
-        free = [w for w in (words | grounds)[attribute] if w not in (now, subject.colour, ground)]
+        free = [w for w in (words | backgrounds)[attribute] if w not in (now, subject.colour, colour)]
         word = str(rng.choice(free))
         changed = {"subjects": (replace(subject, **{attribute: word}),)} if attribute in words else {attribute: word}
         found.append((target, replace(target, **changed)))
@@ -309,18 +331,31 @@ def variants(count: int, attribute: str, seed: int = 0) -> list[tuple[Scene, Sce
 
 
 def attributes(scene: Scene) -> tuple[str, ...]:
-    """Shape, colour, size, position of the first subject, then background and pattern."""
+    """Return shape, colour, size and position of the first subject, then background and pattern."""
     subject = scene.subjects[0]
     return subject.shape, subject.colour, subject.size, subject.position, scene.background, scene.pattern
 
 
 def captions(count: int, seed: int = 0, subjects: int | None = 1, unseen: bool = False) -> list[str]:
-    """The captions of ``gallery``."""
+    """Return the captions of ``gallery``, with the same arguments.
+
+    Args:
+        count: number of captions.
+        seed: of the choice.
+        subjects: 1 or 2 per scene; None for both.
+        unseen: only combinations that never occur in training.
+    """
     return [scene.caption for scene in gallery(count, seed, subjects, unseen)]
 
 
+def is_scene_model(dit: DiT) -> bool:
+    """Return whether a model generates scenes of this module at their size, so that the bundled evaluator applies."""
+    known = set(getattr(getattr(dit.pipeline, "tokenizer", None), "get_vocab", dict)())
+    return set(VOCABULARY) <= known and len(known) < 1000 and dit.size == SIZE  # only our own tokenizers are so small
+
+
 def with_seed(scene: Scene, seed: int) -> Scene:
-    """The same attributes in another rendering."""
+    """Return ``scene`` with another ``seed``: the same attributes in another rendering."""
     return replace(scene, seed=seed)
 
 
@@ -352,7 +387,7 @@ def _noun_phrase(subject: Subject, drop: dict[str, bool] | None = None, position
 
 
 def _centres(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float]]:
-    """(x, y) of each subject in pixels; neighbours are set on a diagonal so that they do not overlap."""
+    """Return (x, y) of each subject in pixels; neighbours are on a diagonal so that they do not overlap."""
     jitter = rng.uniform(-2, 2, size=(len(scene.subjects), 2))
     if len(scene.subjects) == 1:
         rows = [32 + 3 * jitter[0, 1]]
@@ -364,7 +399,7 @@ def _centres(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float]
 
 
 def _background(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Two tones of one colour mixed by the pattern, under a soft light from a random side."""
+    """Render two tones of one colour mixed by the pattern, under a soft light from a random side."""
     base = _PALETTE[scene.background]
     other = base + 0.22 if scene.background == "black" else base * 0.68
     phase, angle = rng.uniform(0, 2 * np.pi, size=2)
@@ -389,7 +424,7 @@ def _background(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def _shaded(subject: Subject, distance: np.ndarray, x: float, y: float, radius: float) -> np.ndarray:
-    """The subject's own colours: light from the upper left, a dark rim, and a small highlight."""
+    """Render the subject's own colours: light from the upper left, a dark rim, and a small highlight."""
     base = _PALETTE[subject.colour]
     u, v = (_X - x) / radius, (_Y - y) / radius
     light = np.clip(0.92 - 0.24 * (u + v), 0.5, 1.25)
@@ -400,7 +435,7 @@ def _shaded(subject: Subject, distance: np.ndarray, x: float, y: float, radius: 
 
 
 def _signed_distance(shape: str, x: float, y: float, radius: float, angle: float) -> np.ndarray:
-    """Distance in pixels to the outline, negative inside; (64, 64)."""
+    """Return the distance in pixels to the outline, negative inside; (64, 64)."""
     if shape == "circle":
         return np.hypot(_X - x, _Y - y) - radius
     if shape == "ring":
@@ -409,7 +444,7 @@ def _signed_distance(shape: str, x: float, y: float, radius: float, angle: float
 
 
 def _turned(shape: str, radius: float, angle: float) -> np.ndarray:
-    """Corners of a shape around its centre, (corners, 2)."""
+    """Return the corners of a shape around its centre, (corners, 2)."""
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     return (_OUTLINES[shape] * radius) @ turn
 

@@ -1,0 +1,1 @@
+"""The bundled models: their scenes, text, training, probes and evaluator."""
