@@ -353,7 +353,7 @@ def test_all_channels_of_all_tokens_are_the_sources_states(any_dit: DiT) -> None
     assert_close(moved, source)
 
 
-def test_a_recorded_source_does_what_a_travelling_one_does(any_dit: DiT) -> None:
+def test_a_recorded_source_does_what_a_batched_one_does(any_dit: DiT) -> None:
     rule, window = TopK(4), {"layers": (0, 1), "branches": "cond"}
     once = any_dit.generate(SOURCES, steps=STEPS, record=[HiddenStates(channels=rule, **window)])
     for mask in (None, "source", "union"):
@@ -403,7 +403,7 @@ def test_a_source_recorded_at_other_noise_levels_is_refused(flux_dit: DiT) -> No
         flux_dit.generate(PROMPTS, steps=2, start=Renoised(images, 0.5), edits=[Transport(rule, once)])
 
 
-def test_companions_are_seen_by_nobody_else_and_batches_do_not_matter(any_dit: DiT) -> None:
+def test_auxiliary_samples_are_seen_by_their_edit_alone_and_batches_do_not_matter(any_dit: DiT) -> None:
     """Two transports and a disruption in one call; readers and other writers see the targets alone."""
     edits = [
         Transport(TopK(3), SOURCES, mask="source"),

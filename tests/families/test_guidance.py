@@ -201,10 +201,10 @@ SOURCE = "a blue ring"
         ({"edits": [Transport(TopK(3), SOURCE, branches="cond")]}, [4, 4]),  # the source draws a picture of its own
     ],
 )
-def test_companions_travel_only_where_they_are_read(
+def test_auxiliary_samples_are_batched_only_where_they_are_read(
     any_dit: DiT, wanted: dict, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Samples that reach the first block in each step, over those asked for; and the same latents as if all travelled."""
+    """Samples that reach the first block in each step, over those asked for; and the same latents as if all were batched."""
     edited = wanted.get("edits", [None])[0]
     if (edited and any_dit.family.classes) or (isinstance(edited, Interpolate) and not any_dit.family.conditioning):
         pytest.skip("takes no prompts, or none that could be mixed")

@@ -85,7 +85,7 @@ def seeing(two: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     notebook = nbformat.read(two / "93_seen.ipynb", 4)
     notebook.cells[0].source += "\nreference = ''\nbaselines = {}"
     nbformat.write(notebook, two / "93_seen.ipynb")
-    monkeypatch.setattr(figures, "NOTEBOOKS", (Notebook("93_seen", ("it",), {"preview": {}}, judges=False),))
+    monkeypatch.setattr(figures, "NOTEBOOKS", (Notebook("93_seen", ("it",), {"preview": {}}, has_claims=False),))
     monkeypatch.chdir(two)
     return two
 

@@ -42,7 +42,7 @@ def test_every_file_has_its_checksum() -> None:
 
 @pytest.mark.slow
 def test_images_follow_the_caption(dit: malib.DiT) -> None:
-    """On captions of unseen combinations the judge finds place and colours in nearly all pictures."""
+    """On captions of unseen combinations the evaluator finds position and colours in nearly all images."""
     chosen = [scenes.sample_scene(3_000_000_000 + i, subjects=1, unseen=True) for i in range(24)]
     hits = evaluator.prompt_adherence(evaluator.predict(dit.generate([s.caption for s in chosen], steps=10).images), chosen)
     assert all(hits[name].mean() >= 0.8 for name in ("position", "background", "colour"))

@@ -261,9 +261,9 @@ def test_the_targets_figure_is_that_of_the_undisturbed_target() -> None:
     edit = Transport(Channels((0, 1)), "a star", mask="union")
     assert edit.auxiliary == ("source", "target") and Transport(TopK(1), "a", mask="source").auxiliary == ("source",)
     assert Transport(TopK(1), "a", select_on="target").auxiliary == ("source", "target")
-    listener, travelling = edit.start(Run(1, 1, (None,) * 3, (64, 64))), x.clone()
+    listener, batched = edit.start(Run(1, 1, (None,) * 3, (64, 64))), x.clone()
     for layer in range(3):
-        listener(Event(0, "cond", layer, "image", "output"), travelling, {"source": source, "target": x})
+        listener(Event(0, "cond", layer, "image", "output"), batched, {"source": source, "target": x})
     listener.flush()
     tokens = listener.dataset().tokens.values[0, 0, 0]
     assert (tokens == (figures[0] | figures[1]).numpy()).all()

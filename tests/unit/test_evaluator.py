@@ -64,7 +64,7 @@ def test_the_loss_ignores_what_a_mixture_does_not_show() -> None:
 
 
 def test_a_subject_that_is_not_seen_has_no_colour_and_no_size() -> None:
-    """Whatever words the judge has for an empty place."""
+    """Whatever words the evaluator has for an empty place."""
     scene = Scene((Subject("star", "red", "large", "left"),), "striped", "blue")
     words = {"shape": np.array([["none"] * 3]), "colour": np.array([["red"] * 3]), "size": np.array([["large"] * 3])}
     words |= {"background": np.array(["blue"]), "pattern": np.array(["striped"])}
