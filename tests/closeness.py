@@ -12,7 +12,7 @@ def largest_gap(found, expected) -> float:
         found: array or tensor.
         expected: array or tensor that broadcasts to the shape of ``found``; it must have an entry other than 0.
     """
-    found, expected = (np.asarray(x, dtype=np.float64) for x in (found, expected))
+    found, expected = (np.asarray(getattr(x, "detach", lambda x=x: x)(), dtype=np.float64) for x in (found, expected))
     np.broadcast_to(expected, found.shape)
     assert np.isfinite(found).all() and np.isfinite(expected).all(), "a value is not finite"
     assert expected.any(), "all expected values are 0, so no relative tolerance exists; compare with == 0"

@@ -123,9 +123,9 @@ def test_files_are_found_from_where_the_person_stands_and_watched(
         (["--only", "99_none"], "neither a notebook nor a figure"),
         (["--only", "one", "-p", "sise=4"], "'sise' is not a parameter of 92_good"),
         (["--only", "one", "-p", "size"], "NAME=VALUE"),
-        (["--only", "one", "-p", "reference=nowhere.png"], "no picture 'nowhere.png'"),
-        (["--model", "nowhere"], "is no model"),
-        (["--model", "/tmp"], "is no model"),
+        (["--only", "one", "-p", "reference=nowhere.png"], "no image 'nowhere.png'"),
+        (["--model", "nowhere"], "is not a model"),
+        (["--model", "/tmp"], "is not a model"),
     ],
 )
 def test_what_does_not_exist_is_refused_in_one_sentence(two: Path, capsys, args: list[str], words: str) -> None:
@@ -143,7 +143,7 @@ def test_figures_can_be_chosen_by_either_name(two: Path) -> None:
 def test_a_notebook_that_does_not_draw_all_its_figures_fails(two: Path, capsys) -> None:
     write(two, "92_good", DRAW.format(names=["92_one"]))
     assert figures.main(["--only", "92_good", "--out", str(two / "out")]) == 1
-    assert "ended without drawing 92_two.png" in capsys.readouterr().out
+    assert "ended without the files 92_two.png" in capsys.readouterr().out
 
 
 def test_list_names_every_figure(capsys) -> None:
