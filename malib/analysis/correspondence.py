@@ -19,7 +19,7 @@ import numpy as np
 from ..cache import describe, key_of
 from ..dit import DiT
 from ..generation import Renoised
-from ..miniflux import scenes
+from ..miniflux import rendering, scenes
 from ..records import HiddenStates, Modulation
 from ..rules import Rule
 
@@ -59,8 +59,8 @@ def scene_pairs(count: int, seed: int = 0) -> list[Pair]:
 
 
 def _scene_pair(one: scenes.Scene, two: scenes.Scene) -> Pair:
-    images = [(scenes.render(s).image * 255).round().astype(np.uint8) for s in (one, two)]
-    points = [scenes.key_points(s)[0] for s in (one, two)]
+    images = [(rendering.render(s).image * 255).round().astype(np.uint8) for s in (one, two)]
+    points = [rendering.key_points(s)[0] for s in (one, two)]
     width, height = np.ptp(points[1], axis=0)
     return Pair(*images, *points, (height, width), one.subjects[0].shape)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from . import scenes
+from . import rendering, scenes
 from .architecture import Preset
 from .data import HELD_OUT_SEED
 from .text import TEXT_LENGTH
@@ -44,7 +44,7 @@ def _evaluated(model: Path, device: str, count: int) -> tuple[str, str, str]:
         features["generated"].append(reading.features)
         for name, drawn in (("same captions", chosen), ("others", others)):
             features[name].append(
-                predict((np.stack([scenes.render(s).image for s in drawn]) * 255).round().astype(np.uint8)).features
+                predict((np.stack([rendering.render(s).image for s in drawn]) * 255).round().astype(np.uint8)).features
             )
     accuracy = "\n".join(f"| {name} | {' | '.join(row)} |" for name, row in [("n", [str(count)] * 2), *cells.items()])
     generated, same, others = (np.concatenate(part) for part in features.values())
@@ -69,7 +69,7 @@ def model_card(pipeline: FluxPipeline, preset: Preset, seed: int, out: Path) -> 
     """
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     shown = [rows[i] for i in sorted({round(j * (len(rows) - 1) / 9) for j in range(10)})]
-    chosen = [scenes.render(scenes.sample_scene(HELD_OUT_SEED + i, unseen=True)).image for i in range(64)]
+    chosen = [rendering.render(scenes.sample_scene(HELD_OUT_SEED + i, unseen=True)).image for i in range(64)]
     images = torch.from_numpy(np.stack(chosen)).permute(0, 3, 1, 2).to(pipeline.vae.device) * 2 - 1
     restored = pipeline.vae.decode(pipeline.vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)
     psnr = -10 * ((restored - images) / 2).square().mean((1, 2, 3)).log10()

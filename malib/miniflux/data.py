@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import scenes
+from . import rendering, scenes
 from .architecture import Preset
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 HELD_OUT_SEED = 2_000_000_000
 
 
-def _training_scene(seed: int, index: int) -> scenes.Scene:
-    return scenes.sample_scene(seed * 10_000_000 + index)
+def _training_scene(seed: int, index: int, textured: bool = False) -> scenes.Scene:
+    return scenes.sample_scene(seed * 10_000_000 + index, textured=textured)
 
 
 @functools.cache
@@ -36,23 +36,24 @@ def _large_singles(seed: int, count: int) -> np.ndarray:
     return np.array([i for i, subjects in enumerate(found) if [s.size for s in subjects] == ["large"]])
 
 
-def _pixels(job: tuple[int, int]) -> np.ndarray:
-    image = scenes.render(_training_scene(*job)).image
+def _pixels(job: tuple[int, int, bool]) -> np.ndarray:
+    image = rendering.render(_training_scene(*job)).image
     return (image * 255).round().astype(np.uint8)
 
 
-def render_batches(seed: int, count: int, batch: int) -> Iterator[Tensor]:
+def render_batches(seed: int, count: int, batch: int, textured: bool = False) -> Iterator[Tensor]:
     """Iterate over rendered scenes 0 to ``count`` - 1 in order, float (B, 3, 64, 64) in [-1, 1]; worker processes render.
 
     Args:
         seed: of the scenes.
         count: number of scenes.
         batch: scenes per batch.
+        textured: scenes with textures.
     """
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(multiprocessing.cpu_count(), 16)) as pool:
         images: list[np.ndarray] = []
-        for image in pool.imap(_pixels, ((seed, i) for i in range(count)), chunksize=64):
+        for image in pool.imap(_pixels, ((seed, i, textured) for i in range(count)), chunksize=64):
             images.append(image)
             if len(images) == batch:
                 yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -126,7 +127,7 @@ def held_out_batch(vae: AutoencoderKL, device: str, count: int = 32) -> tuple[Te
         Clean latents, captions, sigmas and noise.
     """
     chosen = [scenes.sample_scene(HELD_OUT_SEED + i, unseen=True) for i in range(count)]
-    images = torch.from_numpy(np.stack([scenes.render(s).image for s in chosen])).permute(0, 3, 1, 2).to(device) * 2 - 1
+    images = torch.from_numpy(np.stack([rendering.render(s).image for s in chosen])).permute(0, 3, 1, 2).to(device) * 2 - 1
     clean = (vae.encode(images).latent_dist.mean - vae.config.shift_factor) * vae.config.scaling_factor
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)).to(device)
     return clean, [s.caption for s in chosen], ((torch.arange(count) + 0.5) / count).to(device), noise

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import scenes
+from . import rendering, scenes
 from .scenes import COLOURS, PATTERNS, POSITIONS, SHAPES, SIZES, Scene
 
 HEADS = {
@@ -253,11 +253,11 @@ def measure_evaluator(out: Path, training: str, count: int = 1000) -> dict[str, 
     """
     evaluator = load_evaluator(out / "evaluator.safetensors")
     chosen = [scenes.sample_scene(_MEASURING + i, unseen=bool(i % 2)) for i in range(count)]
-    renderings = [scenes.render(s) for s in chosen]
+    renderings = [rendering.render(s) for s in chosen]
     masks, images = np.stack([d.mask for d in renderings]), np.stack([_bytes(d.image) for d in renderings])
     rng = np.random.default_rng(0)
     noisy = _bytes(_noisy(torch.from_numpy(images), rng).permute(0, 2, 3, 1).numpy())
-    empty = np.stack([_bytes(scenes.empty(s)) for s in chosen])
+    empty = np.stack([_bytes(rendering.empty(s)) for s in chosen])
     mixture = ((images.astype(np.uint16) + np.roll(images, 1, 0)) // 2).astype(np.uint8)
     tables, calibration = {}, []
     for name, pixels in (("as they are", images), ("distorted", noisy)):
@@ -344,12 +344,12 @@ def _job(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return pixels, label map by position (0 none, 1 left, 2 center, 3 right), and word indices."""
     rng = np.random.default_rng([number, 3])
     scene = scenes.sample_scene(number, unseen=bool(rng.random() < 0.125))
-    drawn = scenes.render(scene)
+    drawn = rendering.render(scene)
     words = np.full(11, -100, dtype=np.int64)
     words[0:9:3] = len(SHAPES)
     labels = np.zeros((scenes.SIZE, scenes.SIZE), dtype=np.uint8)
     empty = rng.random() < 0.06
-    image = scenes.empty(scene) if empty else drawn.image
+    image = rendering.empty(scene) if empty else drawn.image
     for index, subject in enumerate(() if empty else scene.subjects, 1):
         place = POSITIONS.index(subject.position)
         words[3 * place : 3 * place + 3] = (

@@ -34,12 +34,16 @@ def encode_text(pipeline: FluxPipeline, captions: list[str]) -> tuple[Tensor, Te
     return pipeline.text_encoder_2(states[1])[0], pooled
 
 
-def word_tokenizer(bos: bool) -> PreTrainedTokenizerFast:
-    """Return a tokenizer with one token per word of the scenes' captions; ``bos`` puts <s> in front, as CLIP's does."""
+def word_tokenizer(bos: bool, textured: bool = False) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token per word of the scenes' captions.
+
+    ``bos`` puts <s> in front, as CLIP's does; ``textured`` adds the words of the textures.
+    """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = ("<pad>", "<unk>", "<s>", "</s>", *scenes.VOCABULARY)
+    vocabulary = scenes.TEXTURED_VOCABULARY if textured else scenes.VOCABULARY
+    words = ("<pad>", "<unk>", "<s>", "</s>", *vocabulary)
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

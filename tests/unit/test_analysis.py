@@ -9,7 +9,7 @@ import xarray as xr
 
 from malib import analysis
 from malib.analysis import Estimate
-from malib.miniflux import scenes
+from malib.miniflux import rendering, scenes
 
 from ..closeness import assert_close
 
@@ -135,7 +135,7 @@ def test_detail_of_waves_is_the_closed_form() -> None:
 def test_blurring_costs_detail_of_every_kind() -> None:
     from scipy.ndimage import gaussian_filter
 
-    sharp = np.stack([(scenes.render(scenes.sample_scene(i)).image * 255).astype(np.uint8) for i in range(6)])
+    sharp = np.stack([(rendering.render(scenes.sample_scene(i)).image * 255).astype(np.uint8) for i in range(6)])
     soft = gaussian_filter(sharp, (0, 1.5, 1.5, 0))
     before, after = analysis.detail(sharp), analysis.detail(soft)
     assert all((after[name] < before[name]).all() for name in analysis.DETAILS)
@@ -193,7 +193,7 @@ def test_both_distances_agree_with_torchmetrics() -> None:
 
 def test_the_bundled_panel_agrees_with_a_rendering_and_with_its_mask() -> None:
     chosen = [scenes.sample_scene(4_100_000_000 + i) for i in range(16)]
-    drawn = [scenes.render(s) for s in chosen]
+    drawn = [rendering.render(s) for s in chosen]
     images = np.stack([(d.image * 255).round().astype(np.uint8) for d in drawn])
     panel = analysis.bundled_evaluators()
     right, wrong = panel.adherence(images, chosen), panel.adherence(images, chosen[::-1])
@@ -272,7 +272,7 @@ def test_a_pair_metric_of_torchmetrics_gives_one_number_a_pair() -> None:
 
 def test_consequences_of_nothing_and_of_another_picture() -> None:
     chosen = [scenes.sample_scene(4_300_000_000 + i) for i in range(12)]
-    images = np.stack([(scenes.render(s).image * 255).round().astype(np.uint8) for s in chosen])
+    images = np.stack([(rendering.render(s).image * 255).round().astype(np.uint8) for s in chosen])
     panel = analysis.bundled_evaluators()
     same = analysis.edit_effects(images, images, panel, chosen)
     assert (same.sel(measure="distance") == 0).all() and (same.sel(measure="layout") == 1).all()
@@ -307,13 +307,13 @@ def test_distance_inside_counts_the_region_alone() -> None:
 def test_moves_name_whose_attribute_a_picture_shows() -> None:
     couples = scenes.pairs(12)
     target, source = (
-        np.stack([(scenes.render(c[i]).image * 255).round().astype(np.uint8) for c in couples]) for i in (0, 1)
+        np.stack([(rendering.render(c[i]).image * 255).round().astype(np.uint8) for c in couples]) for i in (0, 1)
     )
     for images, value in ((target, 0.0), (source, 1.0)):
         found = analysis.attribute_transfer(images, couples)
         assert (found.toward == value).mean() > 0.97 and (found.subjects == 1).all()
     both = [replace(t, subjects=(t.subjects[0], s.subjects[0])) for t, s in couples]
-    two = np.stack([(scenes.render(scene).image * 255).round().astype(np.uint8) for scene in both])
+    two = np.stack([(rendering.render(scene).image * 255).round().astype(np.uint8) for scene in both])
     found = analysis.attribute_transfer(two, couples)
     assert (found.subjects == 2).mean() > 0.9
     assert found.toward.sel(attribute=["shape", "colour", "position"]).isnull().mean() > 0.9
@@ -336,7 +336,7 @@ def test_the_share_of_the_way_is_that_of_a_blend() -> None:
 def test_transport_scores_at_both_ends_of_the_way() -> None:
     couples = scenes.pairs(8)
     target, source = (
-        np.stack([(scenes.render(c[i]).image * 255).round().astype(np.uint8) for c in couples]) for i in (0, 1)
+        np.stack([(rendering.render(c[i]).image * 255).round().astype(np.uint8) for c in couples]) for i in (0, 1)
     )
     figures = tuple(analysis.bundled_evaluators().masks(x) for x in (target, source))
     stayed, went = (analysis.transport_scores(x, target, source, figures, couples).mean("sample") for x in (target, source))
@@ -345,7 +345,7 @@ def test_transport_scores_at_both_ends_of_the_way() -> None:
     assert max(float(stayed.sel(measure="composite")), float(went.sel(measure="composite"))) < 0.1
     pixels = analysis.transport_scores(source, target, source, figures)
     recoloured = scenes.variants(8, "colour")
-    drawn = [np.stack([(scenes.render(c[i]).image * 255).round().astype(np.uint8) for c in recoloured]) for i in (0, 1)]
+    drawn = [np.stack([(rendering.render(c[i]).image * 255).round().astype(np.uint8) for c in recoloured]) for i in (0, 1)]
     edited = analysis.transport_scores(drawn[1], *drawn, figures, recoloured, ["colour"]).mean("sample")
     assert edited.sel(measure="likeness") > 0.95 and edited.sel(measure="preservation") > 0.95
     assert list(pixels.measure.values) == ["likeness", "preservation", "composite", "near_source", "near_target"]

@@ -11,7 +11,7 @@ from PIL import Image
 from malib import Disrupt, DiT, EnergyMatched, Renoised, TopK
 from malib.analysis import correspondence as corr
 from malib.cache import Store
-from malib.miniflux import scenes
+from malib.miniflux import rendering, scenes
 from malib.rules import Channels
 
 from .. import architectures
@@ -74,7 +74,7 @@ def test_key_points_lie_on_the_outline_that_is_drawn() -> None:
     for one, two in scenes.correspondences(24):
         assert one.subjects[0].shape == two.subjects[0].shape and one.subjects[0].colour != two.subjects[0].colour
         for scene in (one, two):
-            labels, (points,) = scenes.render(scene).labels, scenes.key_points(scene)
+            labels, (points,) = rendering.render(scene).labels, rendering.key_points(scene)
             seen.add((scene.subjects[0].shape, len(points)))
             for x, y in points:
                 near = labels[max(0, round(y) - 2) : round(y) + 2, max(0, round(x) - 2) : round(x) + 2]

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from malib.miniflux import evaluator, scenes
+from malib.miniflux import evaluator, rendering, scenes
 from malib.miniflux.scenes import Scene, Subject
 
 
 def pixels(chosen: list[Scene]) -> np.ndarray:
-    return np.stack([(scenes.render(s).image * 255).round().astype(np.uint8) for s in chosen])
+    return np.stack([(rendering.render(s).image * 255).round().astype(np.uint8) for s in chosen])
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +22,13 @@ def test_it_reads_renderings_that_it_has_not_seen(chosen: list[Scene]) -> None:
     hits = evaluator.prompt_adherence(reading, chosen)
     for name in ("shape", "colour", "size", "position", "background", "pattern"):
         assert hits[name].mean() >= 0.97, name  # the card has the numbers on 1,000 renderings
-    truth = np.stack([scenes.render(s).mask for s in chosen])
+    truth = np.stack([rendering.render(s).mask for s in chosen])
     iou = (reading.masks & truth).sum((1, 2)) / (reading.masks | truth).sum((1, 2))
     assert iou.mean() >= 0.9
 
 
 def test_it_sees_no_subject_where_there_is_none(chosen: list[Scene]) -> None:
-    empty = np.stack([(scenes.empty(s) * 255).round().astype(np.uint8) for s in chosen[:40]])
+    empty = np.stack([(rendering.empty(s) * 255).round().astype(np.uint8) for s in chosen[:40]])
     reading = evaluator.predict(empty)
     assert (reading.words["shape"] == "none").mean() > 0.95 and reading.masks.mean() < 0.01
 
@@ -90,7 +90,7 @@ def test_reliability_is_the_closed_form() -> None:
 def test_its_confidence_is_a_probability_at_the_fitted_temperature() -> None:
     """Fifty times the temperature, less confidence, the same words."""
     images = np.stack(
-        [(scenes.render(scenes.sample_scene(4_200_000_000 + i)).image * 255).astype(np.uint8) for i in range(8)]
+        [(rendering.render(scenes.sample_scene(4_200_000_000 + i)).image * 255).astype(np.uint8) for i in range(8)]
     )
     fitted, hot = evaluator.predict(images), evaluator.Evaluator()
     hot.load_state_dict(evaluator.load_evaluator().state_dict())

@@ -48,9 +48,9 @@ def test_environment_and_pyproject_ask_for_the_same() -> None:
 
 
 def test_the_library_imports_what_it_depends_on() -> None:
-    runner = {"papermill", "matplotlib"}  # of malib.figures, which the notebooks extra serves
+    extra = {"papermill", "matplotlib", "sklearn"}  # of malib.figures and of the probe of text encoders: extra "notebooks"
     library = imported("malib", top=True) | imported("malib/analysis") | imported("malib/miniflux")
-    assert library - runner - {"huggingface_hub"} <= names(LIBRARY)  # diffusers depends on it
+    assert library - extra - {"huggingface_hub"} <= names(LIBRARY)  # diffusers depends on it
     assert imported("malib/viz") <= names([*LIBRARY, *EXTRAS["notebooks"]]) | {"IPython"}
     unused = names(LIBRARY) - library
     assert unused == {"accelerate"}, "a dependency that no module imports"  # diffusers needs it to load large models

@@ -3,16 +3,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from malib.miniflux import scenes
+from malib.miniflux import rendering, scenes
 from malib.miniflux.scenes import Scene, Subject
 
 
 def test_a_seed_fixes_scene_caption_and_pixels() -> None:
     a, b = (scenes.sample_scene(11) for _ in range(2))
-    assert a == b and np.array_equal(scenes.render(a).image, scenes.render(b).image)
+    assert a == b and np.array_equal(rendering.render(a).image, rendering.render(b).image)
     assert scenes.sample_scene(12) != a
     again = scenes.with_seed(a, a.seed + 1)
-    assert again.caption == a.caption and not np.array_equal(scenes.render(again).image, scenes.render(a).image)
+    assert again.caption == a.caption and not np.array_equal(rendering.render(again).image, rendering.render(a).image)
 
 
 def test_captions_follow_the_grammar() -> None:
@@ -52,7 +52,7 @@ def test_held_out_combinations_are_never_trained_on_and_one_in_eight() -> None:
 def test_masks_are_where_and_as_large_as_the_caption_says(shape: str, position: str) -> None:
     areas = {}
     for size in scenes.SIZES:
-        mask = scenes.render(Scene((Subject(shape, "red", size, position),), "plain", "white", 3)).mask
+        mask = rendering.render(Scene((Subject(shape, "red", size, position),), "plain", "white", 3)).mask
         columns = np.nonzero(mask)[1]
         centre = {"left": 18, "center": 32, "right": 46}[position]
         assert abs(columns.mean() - centre) < 4
@@ -70,14 +70,14 @@ def test_mask_areas_against_closed_forms() -> None:
         "triangle": 3 * np.sqrt(3) / 4 * (1.2 * 13) ** 2,
         "star": 10 * 0.5 * 1.2 * 0.5 * 13**2 * np.sin(np.pi / 5),
     }.items():
-        inside = (scenes._signed_distance(shape, 32.3, 31.6, 13.0, 0.1) <= 0).sum()
+        inside = (rendering._signed_distance(shape, 32.3, 31.6, 13.0, 0.1) <= 0).sum()
         assert abs(inside - area) < 0.03 * area + 4, shape
 
 
 def test_the_mask_is_the_subject_and_nothing_else() -> None:
     """Same scene with another subject colour: pixels change inside the mask and its rim, and nowhere else."""
-    one = scenes.render(Scene((Subject("star", "red", "large", "center"),), "striped", "blue", 5))
-    two = scenes.render(Scene((Subject("star", "green", "large", "center"),), "striped", "blue", 5))
+    one = rendering.render(Scene((Subject("star", "red", "large", "center"),), "striped", "blue", 5))
+    two = rendering.render(Scene((Subject("star", "green", "large", "center"),), "striped", "blue", 5))
     changed = np.abs(one.image - two.image).max(-1) > 1e-6
     assert np.array_equal(one.labels, two.labels)
     assert changed[one.mask].mean() > 0.95
@@ -90,8 +90,8 @@ def test_the_mask_is_the_subject_and_nothing_else() -> None:
 def test_two_subjects_have_their_own_labels_and_do_not_overlap() -> None:
     for seed in range(60):
         scene = scenes.sample_scene(seed, subjects=2)
-        labels = scenes.render(scene).labels
-        alone = scenes.render(Scene(scene.subjects[:1], scene.pattern, scene.background, seed))
+        labels = rendering.render(scene).labels
+        alone = rendering.render(Scene(scene.subjects[:1], scene.pattern, scene.background, seed))
         assert set(np.unique(labels)) == {0, 1, 2} and alone.labels.max() == 1
         columns = [np.nonzero(labels == i)[1].mean() for i in (1, 2)]
         order = [scenes.POSITIONS.index(s.position) for s in scene.subjects]

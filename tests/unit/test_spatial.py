@@ -7,7 +7,7 @@ import xarray as xr
 from sklearn.cluster import KMeans
 
 from malib import analysis, spatial
-from malib.miniflux import scenes
+from malib.miniflux import rendering, scenes
 from malib.spatial import on_grid, token_grid
 
 
@@ -100,7 +100,7 @@ def test_masks_go_to_tokens_and_back() -> None:
     mask[0, 8:24, 4:12] = 2
     tokens = analysis.to_tokens(mask, (16, 16))
     assert np.array_equal(analysis.to_pixels(tokens, 64, 64), mask)
-    drawn = scenes.render(scenes.sample_scene(3)).labels
+    drawn = rendering.render(scenes.sample_scene(3)).labels
     majority = [np.bincount(drawn[r : r + 4, c : c + 4].ravel()).argmax() for r in range(0, 64, 4) for c in range(0, 64, 4)]
     assert np.array_equal(analysis.to_tokens(drawn, (16, 16)), majority)
     with pytest.raises(ValueError, match="whole patches"):
