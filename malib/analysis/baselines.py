@@ -54,20 +54,20 @@ def ip_adapter(
     if dit.offloaded:
         raise ValueError("An IP-Adapter cannot be loaded into an offloaded model; open the model without offload.")
     _check(images, prompts, seeds)
-    given = dict(adapter)
+    options = dict(adapter)
     if "image_encoder_dtype" in inspect.signature(pipeline.load_ip_adapter).parameters:
-        given.setdefault("image_encoder_dtype", getattr(torch, dit.dtype))
-    found, size = [], tuple(images.shape[1:3])
+        options.setdefault("image_encoder_dtype", getattr(torch, dit.dtype))
+    results, size = [], tuple(images.shape[1:3])
     try:
-        pipeline.load_ip_adapter(**given)
+        pipeline.load_ip_adapter(**options)
         pipeline.set_ip_adapter_scale(scale)
         for image, prompt, seed in zip(images, prompts, seeds, strict=True):
             arguments = dit.arguments([prompt], [seed], size=size, **call)
             with torch.no_grad():
-                found.append(pipeline(**arguments, ip_adapter_image=Image.fromarray(image)).images[0])
+                results.append(pipeline(**arguments, ip_adapter_image=Image.fromarray(image)).images[0])
     finally:
         pipeline.unload_ip_adapter()
-    return (np.stack(found) * 255).round().astype(np.uint8)
+    return (np.stack(results) * 255).round().astype(np.uint8)
 
 
 def edit_images(
@@ -76,7 +76,7 @@ def edit_images(
     """Edit references by a prompt with an editing pipeline: Qwen-Image-Edit, FLUX.1 Kontext, ...
 
     Args:
-        pipeline: a diffusers pipeline whose call takes ``image`` and ``prompt``; its other settings stay as they are.
+        pipeline: a diffusers pipeline whose call takes ``image`` and ``prompt``; its other settings are not changed.
         images: references, uint8 (n, H, W, 3), one for each prompt; the results have their size.
         prompts: n prompts.
         seeds: n seeds.
@@ -96,14 +96,14 @@ def edit_images(
         raise ValueError(f"{type(pipeline).__name__} takes no image to edit; use one such as Qwen-Image-Edit.")
     _check(images, prompts, seeds)
     height, width = images.shape[1:3]
-    wanted = {"height": height, "width": width, "max_area": height * width, "_auto_resize": False, "negative_prompt": " "}
-    wanted, found = {name: value for name, value in wanted.items() if name in known}, []
+    settings = {"height": height, "width": width, "max_area": height * width, "_auto_resize": False, "negative_prompt": " "}
+    settings, results = {name: value for name, value in settings.items() if name in known}, []
     for image, prompt, seed in zip(images, prompts, seeds, strict=True):
         source, generator = Image.fromarray(image), torch.Generator("cpu").manual_seed(int(seed))
         with torch.no_grad():
-            result = pipeline(image=source, prompt=prompt, generator=generator, num_inference_steps=steps, **wanted)
-        found.append(np.asarray(ImageOps.fit(result.images[0].convert("RGB"), (width, height))))
-    return np.stack(found)
+            result = pipeline(image=source, prompt=prompt, generator=generator, num_inference_steps=steps, **settings)
+        results.append(np.asarray(ImageOps.fit(result.images[0].convert("RGB"), (width, height))))
+    return np.stack(results)
 
 
 def _check(images: np.ndarray, prompts: Sequence[str], seeds: Sequence[int]) -> None:

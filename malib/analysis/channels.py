@@ -30,6 +30,9 @@ def jaccard(a: Tensor, b: Tensor) -> Tensor:
 def crossed(data: xr.Dataset) -> xr.Dataset:
     """Reshape the samples of a full grid of prompts and seeds, (sample) -> (prompt, seed).
 
+    Args:
+        data: dataset with ``prompt`` and ``seed`` along ``sample``.
+
     Raises:
         ValueError: a pair of prompt and seed is missing or occurs twice.
     """
@@ -45,7 +48,11 @@ def crossed(data: xr.Dataset) -> xr.Dataset:
 
 
 def ratio(scores: xr.DataArray) -> xr.DataArray:
-    """Divide scores by the median score of their site: a measure that needs no absolute scale."""
+    """Divide scores by the median score of their site: a measure that needs no absolute scale.
+
+    Args:
+        scores: (..., channel).
+    """
     return scores / scores.median("channel")
 
 
@@ -60,13 +67,16 @@ def top_ratios(scores: xr.DataArray, ranks: Sequence[int] = (1, 2, 3)) -> xr.Dat
 
     ordered = np.sort(ratio(scores).transpose(..., "channel").values, axis=-1)[..., ::-1]
     dims = [d for d in scores.dims if d != "channel"]
-    kept = {n: c for n, c in scores.coords.items() if "channel" not in c.dims}
+    coords = {n: c for n, c in scores.coords.items() if "channel" not in c.dims}
     selected = ordered[..., [r - 1 for r in ranks]]
-    return xr.DataArray(selected, dims=(*dims, "rank"), coords={**kept, "rank": list(ranks)})
+    return xr.DataArray(selected, dims=(*dims, "rank"), coords={**coords, "rank": list(ranks)})
 
 
 def sun_criterion(values: xr.DataArray) -> xr.Dataset:
     """Apply the absolute criterion of Sun et al. (arXiv 2402.17762) to each (..., token, channel) array.
+
+    Args:
+        values: hidden states, (..., token, channel).
 
     Returns:
         ``maximum`` and ``median`` of |x|, their ``ratio``, and ``massive``: the number of entries that exceed both 100
@@ -141,7 +151,11 @@ def overlap(channels: xr.DataArray, along: str, k: int) -> xr.DataArray:
 
 
 def off_diagonal(pairs: xr.DataArray) -> xr.DataArray:
-    """Average the result of ``overlap`` over the pairs of different entries: (along, other, ...) -> (...)."""
+    """Average the result of ``overlap`` over the pairs of different entries: (along, other, ...) -> (...).
+
+    Args:
+        pairs: (along, other, ...), from ``overlap``.
+    """
     along, n = pairs.dims[0], pairs.shape[0]
     return (pairs.sum((along, "other")) - n) / (n * (n - 1))
 
@@ -155,7 +169,11 @@ def random_overlap(k: int, channels: int) -> float:
 
 
 def random_ratio(channels: int) -> float:
-    """Return the expected largest over median of ``channels`` absolute normal values: the ratio by chance."""
+    """Return the expected largest over median of ``channels`` absolute normal values: the ratio by chance.
+
+    Args:
+        channels: number of channels.
+    """
     from scipy.integrate import quad
     from scipy.stats import halfnorm
 
@@ -202,7 +220,11 @@ def select_channels(values: xr.DataArray, ids: Mapping[int, Sequence[int]]) -> x
 
 
 def percentile(values: xr.DataArray) -> xr.DataArray:
-    """Return each channel's rank among the channels of its site, from 0 (lowest) to 1; ties share their mean rank."""
+    """Return each channel's rank among the channels of its site, from 0 (lowest) to 1; ties share their mean rank.
+
+    Args:
+        values: (..., channel).
+    """
     from scipy.stats import rankdata
 
     ordered = values.transpose(..., "channel")
@@ -210,11 +232,15 @@ def percentile(values: xr.DataArray) -> xr.DataArray:
 
 
 def energy_curve(energy: xr.DataArray) -> xr.DataArray:
-    """Return the share of the tokens' squared norm in the 1, 2, ... channels of highest energy: (..., channels)."""
+    """Return the share of the tokens' squared norm in the 1, 2, ... channels of highest energy: (..., channels).
+
+    Args:
+        energy: (..., channel), summed or averaged over the tokens.
+    """
     import xarray as xr
 
     ordered = np.sort(energy.transpose(..., "channel").values, axis=-1)[..., ::-1].cumsum(-1)
     dims = [d for d in energy.dims if d != "channel"]
-    kept = {n: c for n, c in energy.coords.items() if "channel" not in c.dims}
+    coords = {n: c for n, c in energy.coords.items() if "channel" not in c.dims}
     count = np.arange(1, ordered.shape[-1] + 1)
-    return xr.DataArray(ordered / ordered[..., -1:], dims=(*dims, "channels"), coords={**kept, "channels": count})
+    return xr.DataArray(ordered / ordered[..., -1:], dims=(*dims, "channels"), coords={**coords, "channels": count})

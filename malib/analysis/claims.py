@@ -32,25 +32,32 @@ def _claim(name: str) -> dict[str, Any]:
 
 
 FAIR = 0.05
-"""How far the doses that two edits change may differ in a fair comparison."""
+"""Largest relative difference between the doses of two edits in a fair comparison."""
 
 
 def decision_rule(claim: str) -> str:
-    """Return a claim's decision rule as text, for example "at least 10"."""
+    """Return a claim's decision rule as text, for example "at least 10".
+
+    Args:
+        claim: name of the claim.
+
+    Raises:
+        KeyError: an unknown claim.
+    """
     return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in _claim(claim)["rule"].items())
 
 
 def verdict(claim: str, estimate: Estimate, dose: float | Sequence[float] = 1.0) -> str:
-    """Apply a claim's decision rule: "holds", "does not hold" or "undecided" (always so below five units).
+    """Apply a claim's decision rule: "holds", "does not hold" or "undecided" (always with fewer than five units).
 
     Args:
         claim: name of the claim.
         estimate: of the claim's metric.
         dose: dose of the control over that of the massive channels, for a comparison with a control. A result in favour
             of the massive channels counts only if the control's dose is at least as large, a result against them only if
-            it is at most as large, each within 5 %; otherwise there was "no fair control". Of several doses (one for
-            each block) every one counts. The other way round for a claim whose ``larger_change`` "lowers" the control's
-            number.
+            it is at most as large, each within 5 %; otherwise the verdict is "no fair control". With several doses (one
+            for each block) every dose must satisfy the condition. The two conditions are exchanged for a claim whose
+            ``larger_change`` is "lowers": a larger dose lowers the control's number.
 
     Raises:
         KeyError: an unknown claim.

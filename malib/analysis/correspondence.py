@@ -95,7 +95,7 @@ def ap10k(root: str | Path, split: str = "test", category: str | None = None) ->
     """Iterate over the pairs of AP-10K, in the layout of the correspondence benchmark made from it.
 
     ``PairAnnotation/<split>/*:<category>.json`` names two files of ``ImageAnnotation``, whose images are in
-    ``JPEGImages``. Only points that are visible in both count; pairs without any are left out.
+    ``JPEGImages``. Only points that are visible in both count; pairs without any are omitted.
 
     Args:
         root: the dataset's folder.
@@ -125,7 +125,7 @@ def ap10k(root: str | Path, split: str = "test", category: str | None = None) ->
 
 
 def _image(path: Path) -> np.ndarray:
-    """A image as its points were set on it: not turned, not cropped."""
+    """Return an image as its points were annotated: not rotated, not cropped."""
     from PIL import Image
 
     with Image.open(path) as opened:
@@ -136,7 +136,7 @@ def _annotations(root: Path, split: str, pattern: str) -> list[Path]:
     paths = sorted((root / "PairAnnotation" / split).glob(pattern))
     if not paths:
         raise FileNotFoundError(
-            f"{root} holds no PairAnnotation/{split}/{pattern}; give the unpacked dataset's folder and one of its splits."
+            f"{root} contains no PairAnnotation/{split}/{pattern}; give the unpacked dataset's folder and one of its splits."
         )
     return paths
 
@@ -329,13 +329,13 @@ def similarity(
     import torch
 
     height, width = target_size
-    wanted = torch.nn.functional.normalize(_sampled(source, torch.as_tensor(points), source_size), dim=1)
+    queries = torch.nn.functional.normalize(_sampled(source, torch.as_tensor(points), source_size), dim=1)
     middles = torch.cartesian_prod(torch.arange(height) + 0.5, torch.arange(width) + 0.5).flip(1)
-    found = []
+    similarities = []
     for part in middles.split(16384):  # an image's upsampled features can take gigabytes
         pixels = torch.nn.functional.normalize(_sampled(target, part, target_size), dim=1)
-        found.append(wanted @ pixels.T)
-    return torch.cat(found, dim=1).unflatten(1, (height, width)).numpy()
+        similarities.append(queries @ pixels.T)
+    return torch.cat(similarities, dim=1).unflatten(1, (height, width)).numpy()
 
 
 def _sampled(values: np.ndarray, points: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -345,8 +345,8 @@ def _sampled(values: np.ndarray, points: torch.Tensor, size: tuple[int, int]) ->
     height, width = size
     places = 2 * points.float() / torch.tensor([width, height]) - 1
     grid = torch.from_numpy(np.ascontiguousarray(values, np.float32)).permute(2, 0, 1)[None]
-    found = torch.nn.functional.grid_sample(grid, places[None, None], padding_mode="border", align_corners=False)
-    return found[0, :, 0].T
+    sampled = torch.nn.functional.grid_sample(grid, places[None, None], padding_mode="border", align_corners=False)
+    return sampled[0, :, 0].T
 
 
 def match(

@@ -71,7 +71,7 @@ def colour_masks(images: np.ndarray) -> np.ndarray:
 
 
 def edit_effects(images: np.ndarray, base: np.ndarray, evaluators: Evaluators, prompts: Sequence[Any]) -> xr.DataArray:
-    """Measure what an edit did to images, in detail and in meaning.
+    """Measure the effects of an edit on images: distance, local detail and meaning.
 
     Args:
         images: uint8 (B, H, W, 3), edited.
@@ -86,21 +86,21 @@ def edit_effects(images: np.ndarray, base: np.ndarray, evaluators: Evaluators, p
     """
     import xarray as xr
 
-    found = {"distance": image_distance(images, base)}
+    measures = {"distance": image_distance(images, base)}
     before, after = detail(base), detail(images)
-    found |= {name: np.log(np.maximum(after[name], 1e-4) / np.maximum(before[name], 1e-4)) for name in DETAILS}
+    measures |= {name: np.log(np.maximum(after[name], 1e-4) / np.maximum(before[name], 1e-4)) for name in DETAILS}
     if evaluators.masks:
         a, b = evaluators.masks(images), evaluators.masks(base)
         union = (a | b).sum((1, 2))
-        found["layout"] = np.where(union > 0, (a & b).sum((1, 2)) / np.maximum(union, 1), 1.0)
+        measures["layout"] = np.where(union > 0, (a & b).sum((1, 2)) / np.maximum(union, 1), 1.0)
     if evaluators.adherence:
-        found["adherence"] = evaluators.adherence(images, prompts)
+        measures["adherence"] = evaluators.adherence(images, prompts)
     if evaluators.attributes:
-        found |= evaluators.attributes(images, prompts)
+        measures |= evaluators.attributes(images, prompts)
     if evaluators.quality:
-        found["quality"] = evaluators.quality(images)
-    values = np.stack([np.asarray(v, dtype=np.float64) for v in found.values()], axis=1)
-    return xr.DataArray(values, dims=("sample", "measure"), coords={"measure": list(found)})
+        measures["quality"] = evaluators.quality(images)
+    values = np.stack([np.asarray(v, dtype=np.float64) for v in measures.values()], axis=1)
+    return xr.DataArray(values, dims=("sample", "measure"), coords={"measure": list(measures)})
 
 
 ATTRIBUTES = ("shape", "colour", "size", "position", "background", "pattern")
@@ -169,26 +169,33 @@ def transport_scores(
     import xarray as xr
 
     near = share_of_path(images, target, source, foregrounds[1])
-    kept = share_of_path(images, source, target, ~(foregrounds[0] | foregrounds[1]))
-    found = {"likeness": near, "preservation": kept}
+    preserved = share_of_path(images, source, target, ~(foregrounds[0] | foregrounds[1]))
+    measures = {"likeness": near, "preservation": preserved}
     if pairs is not None:
         transfer = attribute_transfer(images, pairs)
         toward, chosen = transfer.toward.values, np.isin(ATTRIBUTES, transferred)
-        found = {"likeness": (toward[:, chosen] == 1).mean(1), "preservation": (toward[:, ~chosen] == 0).mean(1)}
-        found |= {name: (toward[:, i] == 1).astype(float) for i, name in enumerate(ATTRIBUTES)}
-        found["clean"] = (transfer.subjects.values == 1).astype(float)
-    found |= {"composite": harmonic_mean(found["likeness"], found["preservation"]), "near_source": near, "near_target": kept}
-    values = np.stack([np.asarray(v, dtype=np.float64) for v in found.values()], axis=1)
-    return xr.DataArray(values, dims=("sample", "measure"), coords={"measure": list(found)})
+        measures = {"likeness": (toward[:, chosen] == 1).mean(1), "preservation": (toward[:, ~chosen] == 0).mean(1)}
+        measures |= {name: (toward[:, i] == 1).astype(float) for i, name in enumerate(ATTRIBUTES)}
+        measures["clean"] = (transfer.subjects.values == 1).astype(float)
+    measures |= {
+        "composite": harmonic_mean(measures["likeness"], measures["preservation"]),
+        "near_source": near,
+        "near_target": preserved,
+    }
+    values = np.stack([np.asarray(v, dtype=np.float64) for v in measures.values()], axis=1)
+    return xr.DataArray(values, dims=("sample", "measure"), coords={"measure": list(measures)})
 
 
 def vision_features(model: Any, processor: Any, batch_size: int = 16) -> Callable[[np.ndarray], np.ndarray]:
-    """Return features of a transformers vision model (DINOv2, CLIP's vision tower, ...), for ``Evaluators``.
+    """Return a function that computes features with a transformers vision model (DINOv2, CLIP's vision tower, ...).
 
     Args:
         model: returns ``pooler_output``, or ``last_hidden_state`` (then its mean over the tokens is used).
         processor: the model's image processor.
         batch_size: images at once.
+
+    Returns:
+        images -> float (B, d), for ``Evaluators.features``.
     """
 
     def features(batch: np.ndarray) -> Any:
@@ -200,13 +207,16 @@ def vision_features(model: Any, processor: Any, batch_size: int = 16) -> Callabl
 
 
 def clip_score(model: Any, processor: Any, batch_size: int = 16) -> Callable[[np.ndarray, Sequence[str]], np.ndarray]:
-    """Return the CLIP score, 100 max(cos, 0) of image and prompt (arXiv 2104.08718, without its factor 2.5).
+    """Return a function that computes the CLIP score, 100 max(cos, 0) (arXiv 2104.08718, without its factor 2.5).
 
     Args:
         model: a transformers ``CLIPModel`` or a relative that returns ``image_embeds`` and ``text_embeds``; HPSv2.1 and
             PickScore are CLIP models with other weights.
         processor: its ``CLIPProcessor``; prompts are truncated at the model's length.
         batch_size: images at once.
+
+    Returns:
+        images and prompts -> float (B,), for ``Evaluators.adherence``.
     """
 
     def scores(batch: np.ndarray, prompts: Sequence[str]) -> Any:
@@ -219,12 +229,15 @@ def clip_score(model: Any, processor: Any, batch_size: int = 16) -> Callable[[np
 
 
 def blip_score(model: Any, processor: Any, batch_size: int = 8) -> Callable[[np.ndarray, Sequence[str]], np.ndarray]:
-    """Return the probability, by BLIP's matching head, that prompt and image match (Li et al., arXiv 2201.12086).
+    """Return a function that computes the match probability of BLIP's matching head (Li et al., arXiv 2201.12086).
 
     Args:
         model: a transformers ``BlipForImageTextRetrieval``.
         processor: its ``BlipProcessor``; prompts are truncated at the model's length.
         batch_size: images at once.
+
+    Returns:
+        images and prompts -> float (B,) in [0, 1], for ``Evaluators.adherence``.
     """
 
     def scores(batch: np.ndarray, prompts: Sequence[str]) -> Any:
@@ -236,13 +249,16 @@ def blip_score(model: Any, processor: Any, batch_size: int = 8) -> Callable[[np.
 
 
 def aesthetic_quality(model: Any, processor: Any, head: Any, batch_size: int = 16) -> Callable[[np.ndarray], np.ndarray]:
-    """Return an aesthetic score from CLIP's image embeddings, like LAION's predictor, for ``Evaluators``.
+    """Return a function that computes an aesthetic score from CLIP's image embeddings, like LAION's predictor.
 
     Args:
         model: a transformers ``CLIPVisionModelWithProjection``.
         processor: its image processor.
         head: the predictor, a module from normalised embeddings (B, d) to (B, 1).
         batch_size: images at once.
+
+    Returns:
+        images -> float (B,), for ``Evaluators.quality``.
     """
 
     def scores(batch: np.ndarray) -> Any:
@@ -253,13 +269,16 @@ def aesthetic_quality(model: Any, processor: Any, head: Any, batch_size: int = 1
 
 
 def segmenter_masks(model: Any, processor: Any, batch_size: int = 8) -> Callable[[np.ndarray], np.ndarray]:
-    """Return foreground masks of a transformers segmentation model, for ``Evaluators``.
+    """Return a function that computes foreground masks with a transformers segmentation model.
 
     Args:
         model: returns ``logits`` (B, classes, h, w); with one class a positive logit is foreground, with more every
             class but class 0.
         processor: its image processor.
         batch_size: images at once.
+
+    Returns:
+        images -> boolean (B, H, W), for ``Evaluators.masks``.
     """
 
     def masks(batch: np.ndarray) -> Any:

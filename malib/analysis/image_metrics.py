@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from .statistics import Estimate
-
-if TYPE_CHECKING:
-    pass
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -40,7 +37,7 @@ def kernel_distance(a: np.ndarray, b: np.ndarray, resamples: int = 500, seed: in
     Args:
         a: (n, d) features.
         b: (m, d) features.
-        resamples: bootstrap draws of both sets; pairs of a sample with itself are left out of each.
+        resamples: bootstrap draws of both sets; pairs of a sample with itself are omitted from each.
         seed: of the draws.
 
     Raises:

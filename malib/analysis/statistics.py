@@ -39,7 +39,7 @@ def bootstrap(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> Estim
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not len(values) or np.isnan(values).any():
         content = f"shape {values.shape} with {np.isnan(values).sum()} NaN"
-        raise ValueError(f"bootstrap needs a vector of numbers without NaN, not {content}; omit what was not measured.")
+        raise ValueError(f"values has {content}; give a non-empty vector of numbers without NaN.")
     return resample(lambda chosen: values[chosen].mean(), len(values), resamples, seed)
 
 
@@ -67,7 +67,7 @@ def pairwise(matrix: np.ndarray, resamples: int = 2000, seed: int = 0) -> Estima
 
     Args:
         matrix: (n, n), entry (i, j) the measure of units i and j; the diagonal is not used.
-        resamples: number of bootstrap draws; pairs of a unit with itself are left out of each.
+        resamples: number of bootstrap draws; pairs of a unit with itself are omitted from each.
         seed: of the draws.
     """
 
@@ -89,12 +89,12 @@ def interval(values: xr.DataArray, over: str = "prompt", resamples: int = 2000, 
     """
     import xarray as xr
 
-    moved = values.transpose(over, ...)
-    n, rest = moved.shape[0], moved.shape[1:]
+    ordered = values.transpose(over, ...)
+    n, rest = ordered.shape[0], ordered.shape[1:]
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples) / n
-    means = draws @ moved.values.reshape(n, -1).astype(np.float64)
+    means = draws @ ordered.values.reshape(n, -1).astype(np.float64)
     low, high = _exact(np.percentile(means, [2.5, 97.5], axis=0))
-    mean = moved.mean(over)
+    mean = ordered.mean(over)
     bounds = {name: mean.copy(data=bound.reshape(rest)) for name, bound in (("low", low), ("high", high))}
     return xr.Dataset({"mean": mean, **bounds})
 
